@@ -1,0 +1,4 @@
+//! Virtio devices (virtio 1.2) and the transport that carries them.
+
+pub mod device;
+pub mod fs;

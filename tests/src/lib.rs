@@ -1,0 +1,1 @@
+//! The lab, the guest's agent and what guest tests are written with.

@@ -1,0 +1,2 @@
+//! The `daxvm` program.
+fn main() {}
