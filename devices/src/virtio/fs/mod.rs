@@ -1,1 +1,20 @@
-//! The virtio-fs device (virtio 1.2, section 5.11).
+//! The virtio-fs device (virtio 1.2, section 5.11): shares a host directory with the guest, with a DAX window into
+//! which the guest has parts of files mapped, file by file as a policy decides.
+//!
+//! A request comes in at `device`'s queues, is taken apart in `server`, carried out by fuse-backend-rs and answered
+//! with attributes from `per_file_dax`, which asks the [`policy`]; mappings go to the [`window`].
+
+mod abi;
+mod counters;
+mod device;
+mod per_file_dax;
+pub mod policy;
+mod server;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
+pub mod window;
+
+pub use self::counters::{CountersHandle, FileSystemCounters};
+pub use self::device::{FileSystemConfig, FileSystemDevice, FileSystemError, MAX_REQUEST_QUEUES};

@@ -1,0 +1,82 @@
+//! What a share has done, for reports.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use serde::Serialize;
+
+use super::abi::opcode;
+use super::window::{DaxWindow, WindowCounters};
+
+/// The counters of one share at one moment; all count from the device's creation on.
+#[derive(Clone, Debug, Default, Eq, PartialEq, Serialize)]
+pub struct FileSystemCounters {
+    /// The share's tag.
+    pub tag: String,
+    /// The DAX window; absent if the share has none.
+    pub window: Option<WindowCounters>,
+    /// Requests of each operation that was asked for, by its name in the FUSE protocol; `OTHER` for unknown ones.
+    pub requests: BTreeMap<&'static str, u64>,
+    /// Times that an entry reply (LOOKUP, CREATE, MKNOD, LINK, READDIRPLUS) told a client with per-file DAX that a
+    /// regular file is DAX.
+    pub dax_granted: u64,
+    /// Times that such a reply told it that a regular file is not.
+    pub dax_denied: u64,
+}
+
+/// The living counters, written by all queues.
+pub(super) struct Counts {
+    requests: [AtomicU64; opcode::NAMES.len()],
+    other: AtomicU64,
+    granted: AtomicU64,
+    denied: AtomicU64,
+}
+
+impl Counts {
+    pub(super) fn new() -> Counts {
+        Counts {
+            requests: [const { AtomicU64::new(0) }; opcode::NAMES.len()],
+            other: AtomicU64::new(0),
+            granted: AtomicU64::new(0),
+            denied: AtomicU64::new(0),
+        }
+    }
+
+    pub(super) fn request(&self, code: u32) {
+        self.requests.get(code as usize).unwrap_or(&self.other).fetch_add(1, Relaxed);
+    }
+
+    pub(super) fn decided(&self, dax: bool) {
+        if dax { &self.granted } else { &self.denied }.fetch_add(1, Relaxed);
+    }
+}
+
+/// A handle through which a share's counters can be read from anywhere, at any time, also after the device is gone.
+#[derive(Clone)]
+pub struct CountersHandle {
+    pub(super) tag: Arc<str>,
+    pub(super) counts: Arc<Counts>,
+    pub(super) window: Option<Arc<DaxWindow>>,
+}
+
+impl CountersHandle {
+    /// The counters as they are now; takes no lock.
+    pub fn snapshot(&self) -> FileSystemCounters {
+        let mut requests = BTreeMap::new();
+        let named = self.counts.requests.iter().zip(opcode::NAMES);
+        for (count, name) in named.chain([(&self.counts.other, "OTHER")]) {
+            let count = count.load(Relaxed);
+            if count > 0 {
+                *requests.entry(if name.is_empty() { "OTHER" } else { name }).or_default() += count;
+            }
+        }
+        FileSystemCounters {
+            tag: self.tag.to_string(),
+            window: self.window.as_ref().map(|window| window.counters()),
+            requests,
+            dax_granted: self.counts.granted.load(Relaxed),
+            dax_denied: self.counts.denied.load(Relaxed),
+        }
+    }
+}

@@ -1,0 +1,260 @@
+//! The device as the transport sees it: configuration space, queues, the window, start and reset.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use virtio_queue::DescriptorChain;
+use vm_memory::GuestMemoryMmap;
+
+use super::counters::{CountersHandle, Counts};
+use super::policy::Policy;
+use super::server::{Server, ServerConfig};
+use super::window::{DaxWindow, WindowSizeError, check_window_size};
+use crate::virtio::device::{ActivateError, Activation, HostMemory, SharedMemory, VirtioDevice};
+use crate::virtio::worker::{ChainError, ChainHandler, QueueWorker};
+
+/// VIRTIO_ID_FS.
+const DEVICE_TYPE: u32 = 26;
+/// Length of the tag in the configuration space, in bytes; a shorter one is padded with NUL.
+const TAG_LEN: usize = 36;
+/// The most request queues that a device can have.
+pub const MAX_REQUEST_QUEUES: u16 = 64;
+/// Size of the queue for FORGET and other requests that must not wait.
+const HIPRIO_QUEUE_SIZE: u16 = 128;
+/// Size of a request queue. The guest sends no request with more pages than this less 4.
+const REQUEST_QUEUE_SIZE: u16 = 1024;
+/// The identifier of the window among the device's shared memory regions.
+const WINDOW_ID: u8 = 0;
+
+/// What a share is.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct FileSystemConfig {
+    /// The name that the guest mounts; 1 to 36 bytes without NUL.
+    pub tag: String,
+    /// The directory to share; it may be a symbolic link to one.
+    pub path: PathBuf,
+    /// Whether the guest may change nothing. The device enforces it, whatever the guest's mount says.
+    pub read_only: bool,
+    /// Size of the DAX window in bytes; 0 for none, else as [`check_window_size`] says.
+    pub window_size: u64,
+    /// Which files are DAX.
+    pub policy: Policy,
+    /// Number of request queues, each with its own thread; 1 to [`MAX_REQUEST_QUEUES`].
+    pub request_queues: u16,
+}
+
+/// Why a directory cannot be shared.
+#[derive(Debug, thiserror::Error)]
+pub enum FileSystemError {
+    /// The tag is empty, too long or contains NUL.
+    #[error("The tag {0:?} of a share must have 1 to 36 bytes and no NUL: choose another one")]
+    Tag(String),
+    /// There is nothing at the path, it is no directory, or it cannot be reached.
+    #[error("Cannot share {}: give a directory that exists and that you may read", path.display())]
+    Path {
+        /// The path as it was given.
+        path: PathBuf,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+    /// No window can have this size.
+    #[error(transparent)]
+    WindowSize(#[from] WindowSizeError),
+    /// There is no address space for the window.
+    #[error("Cannot reserve a DAX window of {size} bytes: choose a smaller one")]
+    Window {
+        /// The size in bytes.
+        size: u64,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+    /// No device has so many queues.
+    #[error("A share has 1 to {MAX_REQUEST_QUEUES} request queues, not {0}")]
+    RequestQueues(u16),
+    /// The file server cannot start.
+    #[error("Cannot serve {}: is /proc mounted?", path.display())]
+    Server {
+        /// The path as it was given.
+        path: PathBuf,
+        /// What the host said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// A virtio-fs device that shares one directory.
+///
+/// Its queues are those that Linux expects: 0 for high priority, then the request queues. There is no notification
+/// queue, as no driver knows one.
+pub struct FileSystemDevice {
+    tag: Arc<str>,
+    pub(super) server: Arc<Server>,
+    window: Option<Arc<DaxWindow>>,
+    counts: Arc<Counts>,
+    queue_sizes: Vec<u16>,
+    workers: Vec<QueueWorker>,
+}
+
+impl FileSystemDevice {
+    /// Makes a device; the directory is opened and the window reserved here, once and for all.
+    ///
+    /// It raises the process's soft limit of open files to the hard one, because the server keeps a descriptor for
+    /// each file that the guest knows, and it clears the process's umask, because modes come from the guest.
+    ///
+    /// # Errors
+    /// [`FileSystemError`], which names what to change.
+    pub fn new(config: FileSystemConfig) -> Result<FileSystemDevice, FileSystemError> {
+        let FileSystemConfig { tag, path, read_only, window_size, policy, request_queues } = config;
+        if tag.is_empty() || tag.len() > TAG_LEN || tag.contains('\0') {
+            return Err(FileSystemError::Tag(tag));
+        }
+        if !(1..=MAX_REQUEST_QUEUES).contains(&request_queues) {
+            return Err(FileSystemError::RequestQueues(request_queues));
+        }
+        let window = match check_window_size(window_size)? {
+            0 => None,
+            size => {
+                let window = DaxWindow::new(size);
+                Some(Arc::new(window.map_err(|source| FileSystemError::Window { size, source })?))
+            }
+        };
+        raise_open_file_limit();
+        let root = match open_directory(&path) {
+            Ok(root) => root,
+            Err(source) => return Err(FileSystemError::Path { path, source }),
+        };
+        let counts = Arc::new(Counts::new());
+        let server =
+            ServerConfig { root, read_only, policy, window: window.clone(), counts: Arc::clone(&counts) };
+        let server = match Server::new(server) {
+            Ok(server) => Arc::new(server),
+            Err(source) => return Err(FileSystemError::Server { path, source }),
+        };
+        let mut queue_sizes = vec![REQUEST_QUEUE_SIZE; usize::from(request_queues) + 1];
+        queue_sizes[0] = HIPRIO_QUEUE_SIZE;
+        Ok(FileSystemDevice { tag: tag.into(), server, window, counts, queue_sizes, workers: Vec::new() })
+    }
+
+    /// A handle to the share's counters, which may outlive the device.
+    pub fn counters(&self) -> CountersHandle {
+        CountersHandle {
+            tag: Arc::clone(&self.tag),
+            counts: Arc::clone(&self.counts),
+            window: self.window.clone(),
+        }
+    }
+
+    /// The configuration space: `tag` and the little-endian `num_request_queues`.
+    fn config_space(&self) -> [u8; TAG_LEN + 4] {
+        let mut space = [0; TAG_LEN + 4];
+        space[..self.tag.len()].copy_from_slice(self.tag.as_bytes());
+        space[TAG_LEN..].copy_from_slice(&(self.queue_sizes.len() as u32 - 1).to_le_bytes());
+        space
+    }
+}
+
+impl VirtioDevice for FileSystemDevice {
+    fn device_type(&self) -> u32 {
+        DEVICE_TYPE
+    }
+
+    fn queue_max_sizes(&self) -> &[u16] {
+        &self.queue_sizes
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let space = self.config_space();
+        let rest = usize::try_from(offset).ok().and_then(|offset| space.get(offset..)).unwrap_or_default();
+        let len = rest.len().min(data.len());
+        data[..len].copy_from_slice(&rest[..len]);
+        data[len..].fill(0);
+    }
+
+    fn shared_memory(&self) -> Option<SharedMemory> {
+        let memory: Arc<dyn HostMemory> = self.window.clone()?;
+        Some(SharedMemory { id: WINDOW_ID, memory })
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let Activation { memory, queues, needs_reset, .. } = activation;
+        for queue in queues {
+            let handler = Handler { server: Arc::clone(&self.server), is_prepared: false };
+            let name = format!("fs{}-{}", queue.index, self.tag);
+            let worker = QueueWorker::spawn(&name, queue, memory.clone(), Arc::clone(&needs_reset), handler);
+            match worker {
+                Ok(worker) => self.workers.push(worker),
+                Err(source) => {
+                    self.reset();
+                    let reason = format!("the share {} has no thread for a queue", self.tag);
+                    return Err(ActivateError { reason, source: Some(source) });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.workers.drain(..).for_each(QueueWorker::stop);
+        self.server.end_session();
+    }
+}
+
+impl Drop for FileSystemDevice {
+    fn drop(&mut self) {
+        self.reset();
+    }
+}
+
+/// What a queue's thread does.
+struct Handler {
+    server: Arc<Server>,
+    /// Whether the thread has been prepared.
+    is_prepared: bool,
+}
+
+impl ChainHandler for Handler {
+    fn handle(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        chain: DescriptorChain<&GuestMemoryMmap>,
+    ) -> Result<u32, ChainError> {
+        if !self.is_prepared {
+            drop_supplementary_groups();
+            self.is_prepared = true;
+        }
+        self.server.handle(memory, chain)
+    }
+}
+
+/// Opens the directory to share, without the right to anything but to start from it.
+fn open_directory(path: &PathBuf) -> io::Result<File> {
+    OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY).open(path)
+}
+
+/// Takes this thread out of the process's supplementary groups. They would count when a file is created in the name of
+/// one of the guest's users, and give it the set-group-id bit of a group that the user is not in (CVE-2022-0358).
+fn drop_supplementary_groups() {
+    // By system call, because the C library's function changes all threads. It fails for want of privileges, and then
+    // the server cannot act in the name of others either.
+    // SAFETY: with a count of 0 setgroups(2) reads no memory.
+    unsafe { libc::syscall(libc::SYS_setgroups, 0, std::ptr::null::<libc::gid_t>()) };
+}
+
+/// Raises the soft limit of open files to the hard one.
+fn raise_open_file_limit() {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the structure lives through the call.
+    let known = unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) } == 0;
+    if known && limit.rlim_cur < limit.rlim_max {
+        limit.rlim_cur = limit.rlim_max;
+        // SAFETY: as above.
+        if unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) } != 0 {
+            tracing::warn!(error = %io::Error::last_os_error(), "cannot raise the limit of open files");
+        }
+    }
+}

@@ -1,0 +1,174 @@
+//! The DAX window's operations: SETUPMAPPING and REMOVEMAPPING.
+
+use std::fs::File;
+use std::io;
+use std::mem::size_of;
+use std::os::fd::{BorrowedFd, RawFd};
+use std::sync::Arc;
+
+use fuse_backend_rs::abi::virtio_fs::{RemovemappingIn, RemovemappingOne, SetupmappingFlags, SetupmappingIn};
+use fuse_backend_rs::api::filesystem::{Context, FileSystem, SetattrValid};
+use fuse_backend_rs::transport::FsCacheReqHandler;
+
+use super::Server;
+use super::message::{Reply, Request, errno};
+use crate::virtio::fs::policy::is_set_id;
+use crate::virtio::fs::window::{DaxWindow, WindowError};
+
+/// SETUPMAPPING flags for the library, which opens the file accordingly.
+const READ: u64 = SetupmappingFlags::READ.bits();
+const WRITE: u64 = SetupmappingFlags::WRITE.bits();
+
+impl Server {
+    /// Maps a part of a file where the client says. The client sends no handle: it maps by inode, and a mapping
+    /// outlives every RELEASE and FORGET.
+    pub(super) fn setup_mapping(&self, request: &mut Request<'_>, reply: &mut Reply<'_>) -> io::Result<u32> {
+        let ask: SetupmappingIn = request.arg()?;
+        let window = self.window.as_ref().ok_or_else(|| errno(libc::ENODEV))?;
+        if ask.flags & (READ | WRITE) == 0 || ask.flags & !(READ | WRITE) != 0 {
+            return Err(errno(libc::EINVAL));
+        }
+        let write = ask.flags & WRITE != 0;
+        if write && self.read_only {
+            return Err(errno(libc::EROFS));
+        }
+        let (context, nodeid) = (self.context(request), request.header.nodeid);
+        let (stat, _) = self.fs.getattr(&context, nodeid, None)?;
+        if !self.dax.may_map(&stat) {
+            tracing::debug!(
+                nodeid,
+                mode = stat.st_mode,
+                "the guest maps a file that the policy does not let it"
+            );
+            return Err(errno(libc::EPERM));
+        }
+        if write {
+            self.kill_privileges(&context, nodeid, &stat)?;
+        }
+
+        let map = |writable| {
+            let flags = if writable { READ | WRITE } else { READ };
+            let mut mapper = Mapper { window: Arc::clone(window), writable };
+            self.fs.setupmapping(&context, nodeid, 0, ask.foffset, ask.len, flags, ask.moffset, &mut mapper)
+        };
+        // A client whose tasks touch a chunk at the same time, one to read and one to write, may write through a
+        // mapping that it asked for to read (fuse_setup_new_dax_mapping looks again without looking at the mode), and
+        // the host can only end the guest then. So what can be written is mapped so at once. Programs are left out,
+        // as nobody could start them on the host as long as they are mapped writable (ETXTBSY).
+        let is_program = stat.st_mode & 0o111 != 0;
+        let result = match map(write || !self.read_only && !is_program) {
+            Err(error) if !write && denies_writing(&error) => map(false),
+            result => result,
+        };
+        result.map_err(no_retry)?;
+        reply.empty()
+    }
+
+    /// Unmaps what the client lists: a count of 4 bytes and, without padding, as many entries. The client reuses the
+    /// ranges whatever the reply says.
+    pub(super) fn remove_mapping(&self, request: &mut Request<'_>, reply: &mut Reply<'_>) -> io::Result<u32> {
+        let RemovemappingIn { count } = request.arg()?;
+        let window = self.window.as_ref().ok_or_else(|| errno(libc::ENODEV))?;
+        if Some(request.left()) != (count as usize).checked_mul(size_of::<RemovemappingOne>()) {
+            return Err(errno(libc::EINVAL));
+        }
+        let mut result = Ok(());
+        for _ in 0..count {
+            let RemovemappingOne { moffset, len } = request.arg()?;
+            // One bad entry does not keep the others mapped.
+            result = result.and(window.unmap(moffset, len).map_err(refuse));
+        }
+        result.map_err(no_retry)?;
+        reply.empty()
+    }
+
+    /// Takes from a file what a write must take: the set-id bits and the capabilities. The client leaves that to the
+    /// server (HANDLE_KILLPRIV_V2), which sees no writes through the window, but always a request for a writable
+    /// mapping before the first one.
+    pub(super) fn kill_privileges(
+        &self,
+        context: &Context,
+        nodeid: u64,
+        stat: &libc::stat64,
+    ) -> io::Result<()> {
+        const CAPABILITIES: &std::ffi::CStr = c"security.capability";
+        self.kill_set_id(context, nodeid, stat)?;
+        match self.fs.getxattr(context, nodeid, CAPABILITIES, 0) {
+            Ok(_) => self.fs.removexattr(context, nodeid, CAPABILITIES),
+            Err(_) => Ok(()),
+        }
+    }
+
+    /// Takes the set-id bits from a file; the host takes the capabilities by itself when it is written to.
+    pub(super) fn kill_set_id(&self, context: &Context, nodeid: u64, stat: &libc::stat64) -> io::Result<()> {
+        if !is_set_id(stat.st_mode) {
+            return Ok(());
+        }
+        let mut killed = *stat;
+        killed.st_mode &= !libc::S_ISUID;
+        if killed.st_mode & libc::S_IXGRP != 0 {
+            killed.st_mode &= !libc::S_ISGID;
+        }
+        self.fs.setattr(context, nodeid, killed, None, SetattrValid::MODE).map(drop)
+    }
+
+    /// Opens a file or directory anew by its node id. The library gives descriptors to mappers only.
+    pub(super) fn open_node(&self, context: &Context, nodeid: u64, writable: bool) -> io::Result<File> {
+        let mut taker = Taker(None);
+        let flags = if writable { READ | WRITE } else { READ };
+        self.fs.setupmapping(context, nodeid, 0, 0, 0, flags, 0, &mut taker)?;
+        taker.0.ok_or_else(|| errno(libc::EIO))
+    }
+}
+
+/// Whether a file cannot be opened for writing but perhaps for reading.
+fn denies_writing(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EACCES | libc::EPERM | libc::EROFS | libc::ETXTBSY))
+}
+
+/// The guest's fault handler repeats for ever after EAGAIN, and takes ENOMEM for a want of its own memory.
+fn no_retry(error: io::Error) -> io::Error {
+    match error.raw_os_error() {
+        Some(libc::EAGAIN | libc::ENOMEM) => errno(libc::EIO),
+        _ => error,
+    }
+}
+
+fn refuse(error: WindowError) -> io::Error {
+    tracing::debug!(%error, "the window refuses a request");
+    errno(error.errno())
+}
+
+/// Maps the descriptor that the library has opened.
+struct Mapper {
+    window: Arc<DaxWindow>,
+    writable: bool,
+}
+
+impl FsCacheReqHandler for Mapper {
+    fn map(&mut self, foffset: u64, moffset: u64, len: u64, _flags: u64, fd: RawFd) -> io::Result<()> {
+        // SAFETY: the library keeps the descriptor open until this returns.
+        let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+        self.window.map(moffset, foffset, len, self.writable, fd).map_err(refuse)
+    }
+
+    fn unmap(&mut self, _requests: Vec<RemovemappingOne>) -> io::Result<()> {
+        Err(errno(libc::ENOSYS))
+    }
+}
+
+/// Keeps a copy of the descriptor that the library has opened.
+struct Taker(Option<File>);
+
+impl FsCacheReqHandler for Taker {
+    fn map(&mut self, _foffset: u64, _moffset: u64, _len: u64, _flags: u64, fd: RawFd) -> io::Result<()> {
+        // SAFETY: the library keeps the descriptor open until this returns.
+        let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+        self.0 = Some(fd.try_clone_to_owned()?.into());
+        Ok(())
+    }
+
+    fn unmap(&mut self, _requests: Vec<RemovemappingOne>) -> io::Result<()> {
+        Err(errno(libc::ENOSYS))
+    }
+}

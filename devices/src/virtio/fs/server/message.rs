@@ -1,0 +1,244 @@
+//! A request and its reply: what is in a chain of descriptors, read and written once, with every length checked.
+
+use std::ffi::CStr;
+use std::io::{self, Read, Write};
+use std::mem::size_of;
+
+use fuse_backend_rs::abi::fuse_abi::{InHeader, OutHeader};
+use fuse_backend_rs::api::filesystem::{ZeroCopyReader, ZeroCopyWriter};
+use fuse_backend_rs::file_traits::FileReadWriteVolatile;
+use fuse_backend_rs::transport::{Reader, VirtioFsWriter};
+use vm_memory::ByteValued;
+
+/// The longest name of a file, in bytes (NAME_MAX).
+pub(super) const NAME_MAX: usize = 255;
+
+/// A buffer for one name and its NUL.
+pub(super) type NameBuffer = [u8; NAME_MAX + 1];
+
+/// An error for the guest.
+pub(super) fn errno(code: i32) -> io::Error {
+    io::Error::from_raw_os_error(code)
+}
+
+/// A request from the guest. Its memory may change while it is read, so nothing is read twice.
+pub(super) struct Request<'m> {
+    /// The header; `len` has been checked against the chain.
+    pub(super) header: InHeader,
+    body: Reader<'m>,
+    /// Bytes of the body that are not yet read.
+    left: usize,
+}
+
+impl<'m> Request<'m> {
+    /// Reads the header. `None` if there is none: then there is nothing to reply to either.
+    pub(super) fn parse(mut body: Reader<'m>) -> Option<Request<'m>> {
+        let header: InHeader = body.read_obj().ok()?;
+        let left = (header.len as usize).saturating_sub(size_of::<InHeader>());
+        Some(Request { header, body, left })
+    }
+
+    /// Checks that the request is as long as it says.
+    ///
+    /// # Errors
+    /// EINVAL if not.
+    pub(super) fn check_length(&self) -> io::Result<()> {
+        let long_enough = self.header.len as usize >= size_of::<InHeader>();
+        if long_enough && self.left <= self.body.available_bytes() {
+            Ok(())
+        } else {
+            Err(errno(libc::EINVAL))
+        }
+    }
+
+    /// Bytes of the body that are not yet read.
+    pub(super) fn left(&self) -> usize {
+        self.left
+    }
+
+    /// Reads a structure.
+    ///
+    /// # Errors
+    /// EINVAL if the request is too short.
+    pub(super) fn arg<T: ByteValued>(&mut self) -> io::Result<T> {
+        self.left = self.left.checked_sub(size_of::<T>()).ok_or_else(|| errno(libc::EINVAL))?;
+        self.body.read_obj().map_err(|_| errno(libc::EINVAL))
+    }
+
+    /// Reads the rest into the start of `buffer`.
+    ///
+    /// # Errors
+    /// `too_long` if it does not fit.
+    pub(super) fn rest<'b>(&mut self, buffer: &'b mut [u8], too_long: i32) -> io::Result<&'b [u8]> {
+        let buffer = buffer.get_mut(..self.left).ok_or_else(|| errno(too_long))?;
+        self.body.read_exact(buffer).map_err(|_| errno(libc::EINVAL))?;
+        self.left = 0;
+        Ok(buffer)
+    }
+
+    /// Reads the rest as the name of a directory's entry.
+    ///
+    /// # Errors
+    /// As [`check_name`] says; ENAMETOOLONG and EINVAL also if it is no string.
+    pub(super) fn name<'b>(&mut self, buffer: &'b mut NameBuffer) -> io::Result<&'b CStr> {
+        check_name(string(self.rest(buffer, libc::ENAMETOOLONG)?)?)
+    }
+
+    /// The payload of a write.
+    pub(super) fn data(&mut self) -> Payload<'_, 'm> {
+        Payload(&mut self.body)
+    }
+}
+
+/// Takes `bytes` as one string that ends with its only NUL.
+///
+/// # Errors
+/// EINVAL if it is something else.
+pub(super) fn string(bytes: &[u8]) -> io::Result<&CStr> {
+    CStr::from_bytes_with_nul(bytes).map_err(|_| errno(libc::EINVAL))
+}
+
+/// Takes `bytes` as two strings, one after the other.
+///
+/// # Errors
+/// EINVAL if they are something else.
+pub(super) fn two_strings(bytes: &[u8]) -> io::Result<(&CStr, &CStr)> {
+    let first = CStr::from_bytes_until_nul(bytes).map_err(|_| errno(libc::EINVAL))?;
+    Ok((first, string(&bytes[first.count_bytes() + 1..])?))
+}
+
+/// Checks that a name is one of a directory's own entries, so that it cannot lead anywhere else on the host: the
+/// server looks nowhere but in the share only because of this and because it never follows symbolic links.
+///
+/// # Errors
+/// EINVAL for the empty name, `.`, `..`, and names with a slash; ENAMETOOLONG for more than 255 bytes.
+pub(super) fn check_name(name: &CStr) -> io::Result<&CStr> {
+    match name.to_bytes() {
+        b"" | b"." | b".." => Err(errno(libc::EINVAL)),
+        bytes if bytes.contains(&b'/') => Err(errno(libc::EINVAL)),
+        bytes if bytes.len() > NAME_MAX => Err(errno(libc::ENAMETOOLONG)),
+        _ => Ok(name),
+    }
+}
+
+/// The payload of a write, which goes from guest memory to the file without a copy.
+pub(super) struct Payload<'r, 'm>(&'r mut Reader<'m>);
+
+impl ZeroCopyReader for Payload<'_, '_> {
+    fn read_to(&mut self, f: &mut dyn FileReadWriteVolatile, count: usize, off: u64) -> io::Result<usize> {
+        self.0.read_to_at(f, count, off)
+    }
+}
+
+impl Read for Payload<'_, '_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        self.0.read(buf)
+    }
+}
+
+/// Where the reply goes. Nothing is written before all of it is known to fit, so that an error can always follow.
+pub(super) struct Reply<'m> {
+    writer: VirtioFsWriter<'m>,
+    unique: u64,
+}
+
+impl<'m> Reply<'m> {
+    /// A reply to the request with this number.
+    pub(super) fn new(writer: VirtioFsWriter<'m>, unique: u64) -> Reply<'m> {
+        Reply { writer, unique }
+    }
+
+    /// Replies success with the given parts, one after the other; returns the reply's length in bytes.
+    ///
+    /// # Errors
+    /// EINVAL if the guest has left too little room, in which case nothing was written.
+    pub(super) fn send(&mut self, parts: &[&[u8]]) -> io::Result<u32> {
+        let len = parts.iter().fold(size_of::<OutHeader>(), |len, part| len + part.len());
+        if len > self.writer.available_bytes() {
+            return Err(errno(libc::EINVAL));
+        }
+        self.header(len, 0)?;
+        for part in parts {
+            self.writer.write_all(part)?;
+        }
+        Ok(len as u32)
+    }
+
+    /// Replies success and nothing else.
+    ///
+    /// # Errors
+    /// As [`Reply::send`].
+    pub(super) fn empty(&mut self) -> io::Result<u32> {
+        self.send(&[])
+    }
+
+    /// Replies success with one structure.
+    ///
+    /// # Errors
+    /// As [`Reply::send`].
+    pub(super) fn object<T: ByteValued>(&mut self, object: &T) -> io::Result<u32> {
+        self.send(&[object.as_slice()])
+    }
+
+    /// Replies an error; returns 0 if the guest has left no room even for that.
+    pub(super) fn error(&mut self, error: &io::Error) -> u32 {
+        let code = error.raw_os_error().unwrap_or(libc::EIO);
+        if self.writer.available_bytes() < size_of::<OutHeader>() {
+            return 0;
+        }
+        self.header(size_of::<OutHeader>(), -code).map_or(0, |()| size_of::<OutHeader>() as u32)
+    }
+
+    /// Splits off the part of the reply that follows the header, to be filled before [`Reply::finish`].
+    ///
+    /// # Errors
+    /// EINVAL if there is no room for a header.
+    pub(super) fn body(&mut self) -> io::Result<Body<'m>> {
+        self.writer.split_at(size_of::<OutHeader>()).map(Body).map_err(|_| errno(libc::EINVAL))
+    }
+
+    /// Replies success after `written` bytes of the body.
+    ///
+    /// # Errors
+    /// EINVAL if there is no room for a header.
+    pub(super) fn finish(&mut self, written: usize) -> io::Result<u32> {
+        let len = size_of::<OutHeader>() + written;
+        self.header(len, 0)?;
+        Ok(len as u32)
+    }
+
+    fn header(&mut self, len: usize, error: i32) -> io::Result<()> {
+        let header = OutHeader { len: len as u32, error, unique: self.unique };
+        self.writer.write_all(header.as_slice()).map_err(|_| errno(libc::EINVAL))
+    }
+}
+
+/// The body of a reply, which goes from the file to guest memory without a copy.
+pub(super) struct Body<'m>(VirtioFsWriter<'m>);
+
+impl ZeroCopyWriter for Body<'_> {
+    fn write_from(&mut self, f: &mut dyn FileReadWriteVolatile, count: usize, off: u64) -> io::Result<usize> {
+        self.0.write_from_at(f, count, off)
+    }
+
+    fn available_bytes(&self) -> usize {
+        self.0.available_bytes()
+    }
+}
+
+impl Write for Body<'_> {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        self.0.write(buf)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Body<'_> {
+    /// Bytes written so far.
+    pub(super) fn written(&self) -> usize {
+        self.0.bytes_written()
+    }
+}

@@ -1,0 +1,267 @@
+//! SETUPMAPPING and REMOVEMAPPING.
+
+use std::os::unix::fs::PermissionsExt;
+use std::process::Command;
+
+use fuse_backend_rs::abi::virtio_fs::SetupmappingIn;
+use vm_memory::ByteValued;
+
+use crate::virtio::fs::abi::{init, opcode};
+use crate::virtio::fs::policy::Policy;
+use crate::virtio::fs::testing::{FakeGuest, PER_FILE, READ, ROOT, WRITE, descriptors_into};
+use crate::virtio::fs::window::{CHUNK_SIZE, MIN_WINDOW_SIZE};
+
+fn guest_with_file(policy: Policy, chunks: u64) -> (FakeGuest, u64) {
+    let mut guest = FakeGuest::mounted(policy);
+    guest.host_file("f", chunks);
+    let nodeid = guest.lookup(ROOT, "f").unwrap().nodeid;
+    (guest, nodeid)
+}
+
+/// What /proc/self/maps says of the files mapped from a share.
+fn mapped_permissions(guest: &FakeGuest) -> Vec<String> {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let directory = guest.directory.path().to_str().unwrap();
+    let lines = maps.lines().filter(|line| line.contains(directory));
+    lines.map(|line| line.split(' ').nth(1).unwrap().to_string()).collect()
+}
+
+#[test]
+fn mapped_chunks_are_the_file() {
+    let (mut guest, file) = guest_with_file(Policy::Always, 3);
+    let descriptors = descriptors_into(&guest.directory);
+    guest.setupmapping(file, 2 * CHUNK_SIZE, 0, READ).unwrap();
+    guest.setupmapping(file, 0, MIN_WINDOW_SIZE - CHUNK_SIZE, READ | WRITE).unwrap();
+    assert_eq!(guest.window(0), [b'f', 2]);
+    assert_eq!(guest.window(MIN_WINDOW_SIZE - CHUNK_SIZE), [b'f', 0]);
+    assert_eq!(descriptors_into(&guest.directory), descriptors);
+
+    guest.write_window(MIN_WINDOW_SIZE - CHUNK_SIZE + 4096, *b"hi");
+    assert_eq!(&std::fs::read(guest.path("f")).unwrap()[4096..4098], b"hi");
+
+    guest.removemapping(2, &[(0, CHUNK_SIZE), (MIN_WINDOW_SIZE - CHUNK_SIZE, CHUNK_SIZE)]).unwrap();
+    assert_eq!((guest.window(0), guest.window(MIN_WINDOW_SIZE - CHUNK_SIZE)), ([0; 2], [0; 2]));
+    let window = guest.counters().window.unwrap();
+    assert_eq!((window.setup_mappings, window.remove_mappings, window.mapped_chunks), (2, 2, 0));
+}
+
+#[test]
+fn mappings_outlive_handles_and_inodes() {
+    let (mut guest, file) = guest_with_file(Policy::Always, 1);
+    let handle = guest.open(file, libc::O_RDONLY).unwrap().fh;
+    guest.setupmapping(file, 0, 0, READ).unwrap();
+    guest.release(file, handle).unwrap();
+    guest.forget(file, 1);
+    assert_eq!(guest.getattr(file, None).unwrap_err(), libc::EBADF);
+    guest.unlink(ROOT, "f").unwrap();
+    assert_eq!(guest.window(0), [b'f', 0]);
+}
+
+#[test]
+fn a_chunk_is_upgraded_and_overlaid_in_place() {
+    let (mut guest, file) = guest_with_file(Policy::Always, 2);
+    std::fs::set_permissions(guest.path("f"), PermissionsExt::from_mode(0o755)).unwrap();
+    guest.setupmapping(file, 0, 0, READ).unwrap();
+    guest.setupmapping(file, 0, 0, READ | WRITE).unwrap();
+    guest.write_window(0, *b"up");
+    guest.setupmapping(file, CHUNK_SIZE, 0, READ).unwrap();
+    assert_eq!(guest.window(0), [b'f', 1]);
+    let window = guest.counters().window.unwrap();
+    assert_eq!((window.setup_mappings, window.mapped_chunks), (3, 1));
+    assert_eq!((window.upgraded_chunks, window.overlaid_chunks), (1, 1));
+}
+
+#[test]
+fn data_is_mapped_writable_at_once_and_programs_are_not() {
+    let (mut guest, file) = guest_with_file(Policy::Always, 1);
+    guest.setupmapping(file, 0, 0, READ).unwrap();
+    assert_eq!(mapped_permissions(&guest), ["rw-s"]);
+    guest.removemapping(1, &[(0, CHUNK_SIZE)]).unwrap();
+
+    std::fs::copy("/bin/true", guest.path("true")).unwrap();
+    let program = guest.lookup(ROOT, "true").unwrap().nodeid;
+    guest.setupmapping(program, 0, 0, READ).unwrap();
+    assert_eq!(mapped_permissions(&guest), ["r--s"]);
+    assert!(Command::new(guest.path("true")).status().unwrap().success());
+}
+
+#[test]
+fn what_cannot_be_written_is_mapped_read_only() {
+    // A program that runs cannot be opened for writing, not even by root, whatever its mode.
+    let mut guest = FakeGuest::mounted(Policy::Always);
+    std::fs::copy("/bin/sleep", guest.path("sleep")).unwrap();
+    let mut child = Command::new(guest.path("sleep")).arg("60").spawn().unwrap();
+    std::fs::set_permissions(guest.path("sleep"), PermissionsExt::from_mode(0o644)).unwrap();
+    let file = guest.lookup(ROOT, "sleep").unwrap().nodeid;
+    let read = guest.setupmapping(file, 0, 0, READ);
+    let write = guest.setupmapping(file, 0, CHUNK_SIZE, READ | WRITE);
+    let permissions = mapped_permissions(&guest);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert_eq!((read, write), (Ok(vec![]), Err(libc::ETXTBSY)));
+    assert_eq!(permissions, ["r--s"]);
+}
+
+#[test]
+fn a_writable_mapping_takes_the_set_id_bits() {
+    let (mut guest, file) = guest_with_file(Policy::Always, 1);
+    let mode = |guest: &FakeGuest| guest.path("f").metadata().unwrap().permissions().mode() & 0o7777;
+    std::fs::set_permissions(guest.path("f"), PermissionsExt::from_mode(0o6755)).unwrap();
+    guest.setupmapping(file, 0, 0, READ).unwrap();
+    assert_eq!(mode(&guest), 0o6755);
+    guest.setupmapping(file, 0, 0, READ | WRITE).unwrap();
+    assert_eq!(mode(&guest), 0o755);
+}
+
+#[test]
+fn the_policy_is_asked_again() {
+    let always_client = PER_FILE & !init::HAS_INODE_DAX;
+    for (policy, offer, expected) in [
+        (Policy::Always, PER_FILE, Ok(vec![])),
+        (Policy::Always, always_client, Ok(vec![])),
+        (Policy::Never, PER_FILE, Err(libc::EPERM)),
+        (Policy::Never, always_client, Err(libc::EPERM)),
+        // A client that did not negotiate a window has none to map into.
+        (Policy::Always, 0, Err(libc::EPERM)),
+    ] {
+        let mut guest = FakeGuest::new(policy);
+        guest.init(offer).unwrap();
+        guest.host_file("f", 1);
+        let file = guest.lookup(ROOT, "f").unwrap().nodeid;
+        assert_eq!(guest.setupmapping(file, 0, 0, READ), expected, "{policy} {offer:#x}");
+        assert_eq!(guest.counters().window.unwrap().mapped_chunks, u64::from(expected.is_ok()));
+    }
+}
+
+#[test]
+fn bad_requests_to_map_are_refused() {
+    let (mut guest, file) = guest_with_file(Policy::Always, 1);
+    let top = u64::MAX - CHUNK_SIZE + 1;
+    for (foffset, len, moffset) in [
+        (0, 0, 0),
+        (0, 4096, 0),
+        (0, CHUNK_SIZE + 1, 0),
+        (4096, CHUNK_SIZE, 0),
+        (0, CHUNK_SIZE, 4096),
+        (0, CHUNK_SIZE, MIN_WINDOW_SIZE),
+        (0, 2 * CHUNK_SIZE, MIN_WINDOW_SIZE - CHUNK_SIZE),
+        (0, CHUNK_SIZE, top),
+        (0, top, CHUNK_SIZE),
+        (0, u64::MAX, u64::MAX),
+        (top, CHUNK_SIZE, 0),
+        (1 << 63, CHUNK_SIZE, 0),
+    ] {
+        let outcome = guest.setupmapping_len(file, foffset, len, moffset, READ);
+        assert_eq!(outcome, Err(libc::EINVAL), "{foffset:#x} {len:#x} {moffset:#x}");
+    }
+    for flags in [0, 4, READ | 8, u64::MAX] {
+        assert_eq!(guest.setupmapping(file, 0, 0, flags), Err(libc::EINVAL));
+    }
+    for nodeid in [0, 12345, u64::MAX] {
+        assert_eq!(guest.setupmapping(nodeid, 0, 0, READ), Err(libc::EBADF));
+    }
+    let short = SetupmappingIn::default();
+    assert_eq!(guest.call(opcode::SETUPMAPPING, file, &[&short.as_slice()[..39]]), Err(libc::EINVAL));
+    let window = guest.counters().window.unwrap();
+    assert_eq!((window.setup_mappings, window.mapped_chunks), (0, 0));
+}
+
+#[test]
+fn only_regular_files_are_mapped() {
+    let mut guest = FakeGuest::mounted(Policy::Always);
+    let directory = guest.mkdir(ROOT, "directory").unwrap().nodeid;
+    let symlink = guest.symlink(ROOT, "symlink", "/etc/passwd").unwrap().nodeid;
+    let fifo = guest.mknod(ROOT, "fifo", libc::S_IFIFO | 0o644).unwrap().nodeid;
+    for nodeid in [ROOT, directory, symlink, fifo] {
+        for flags in [READ, READ | WRITE] {
+            assert_eq!(guest.setupmapping(nodeid, 0, 0, flags), Err(libc::EPERM));
+        }
+    }
+}
+
+#[test]
+fn a_share_without_a_window_maps_nothing() {
+    let mut guest = FakeGuest::with(|config| config.window_size = 0);
+    guest.init(PER_FILE).unwrap();
+    guest.host_file("f", 1);
+    let file = guest.lookup(ROOT, "f").unwrap().nodeid;
+    assert_eq!(guest.setupmapping(file, 0, 0, READ), Err(libc::ENODEV));
+    assert_eq!(guest.removemapping(1, &[(0, CHUNK_SIZE)]), Err(libc::ENODEV));
+}
+
+#[test]
+fn as_many_as_a_page_holds_are_removed_at_once() {
+    let (mut guest, file) = guest_with_file(Policy::Always, 16);
+    for chunk in 0..16 {
+        guest.setupmapping(file, chunk * CHUNK_SIZE, chunk * CHUNK_SIZE, READ).unwrap();
+    }
+    assert_eq!(guest.counters().window.unwrap().mapped_chunks, 16);
+    let entries: Vec<_> = (0..256).map(|entry| (entry % 16 * CHUNK_SIZE, CHUNK_SIZE)).collect();
+    guest.removemapping(256, &entries).unwrap();
+    let window = guest.counters().window.unwrap();
+    assert_eq!((window.mapped_chunks, window.peak_mapped_chunks, window.remove_mappings), (0, 16, 256));
+}
+
+#[test]
+fn bad_requests_to_remove_are_refused() {
+    let (mut guest, file) = guest_with_file(Policy::Always, 1);
+    guest.setupmapping(file, 0, 0, READ).unwrap();
+    let entry = (0, CHUNK_SIZE);
+    for count in [0, 2, 256, u32::MAX] {
+        assert_eq!(guest.removemapping(count, &[entry]), Err(libc::EINVAL), "{count}");
+    }
+    assert_eq!(guest.removemapping(1, &[]), Err(libc::EINVAL));
+    assert_eq!(guest.removemapping(0, &[]), Ok(vec![]));
+    assert_eq!(guest.call(opcode::REMOVEMAPPING, ROOT, &[&[1, 0]]), Err(libc::EINVAL));
+    assert_eq!(guest.window(0), [b'f', 0]);
+
+    // What is right among the wrong is carried out.
+    let beyond = (MIN_WINDOW_SIZE, CHUNK_SIZE);
+    assert_eq!(guest.removemapping(3, &[beyond, entry, (0, u64::MAX)]), Err(libc::EINVAL));
+    assert_eq!(guest.window(0), [0; 2]);
+    assert_eq!(guest.counters().window.unwrap().remove_mappings, 1);
+}
+
+#[test]
+fn queues_map_at_the_same_time() {
+    use std::sync::Barrier;
+    use virtio_queue::desc::RawDescriptor;
+    use virtio_queue::desc::split::Descriptor;
+    use virtio_queue::mock::MockSplitQueue;
+    use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+    let (mut guest, file) = guest_with_file(Policy::Always, 4);
+    let messages: Vec<_> = (0..4u64)
+        .map(|queue| {
+            let (foffset, moffset) = (queue * CHUNK_SIZE, queue * CHUNK_SIZE);
+            let ask = SetupmappingIn { fh: u64::MAX, foffset, len: CHUNK_SIZE, flags: READ, moffset };
+            guest.message(opcode::SETUPMAPPING, file, &[ask.as_slice()])
+        })
+        .collect();
+    let barrier = Barrier::new(messages.len());
+    std::thread::scope(|scope| {
+        for message in &messages {
+            let (server, barrier) = (&guest.device.server, &barrier);
+            scope.spawn(move || {
+                let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap();
+                memory.write_slice(message, GuestAddress(0x8000)).unwrap();
+                let descriptors = [
+                    RawDescriptor::from(Descriptor::new(0x8000, message.len() as u32, 0, 0)),
+                    RawDescriptor::from(Descriptor::new(0x9000, 16, 2, 0)),
+                ];
+                barrier.wait();
+                for _ in 0..200 {
+                    let queue = MockSplitQueue::new(&memory, 16);
+                    let chain = queue.build_desc_chain(&descriptors).unwrap();
+                    assert_eq!(server.handle(&memory, chain).unwrap(), 16);
+                    assert_eq!(memory.read_obj::<i32>(GuestAddress(0x9004)).unwrap(), 0);
+                }
+            });
+        }
+    });
+    for chunk in 0..4 {
+        assert_eq!(guest.window(chunk * CHUNK_SIZE), [b'f', chunk as u8]);
+    }
+    let window = guest.counters().window.unwrap();
+    assert_eq!((window.mapped_chunks, window.setup_mappings), (4, 800));
+}

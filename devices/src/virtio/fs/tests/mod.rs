@@ -1,0 +1,8 @@
+//! The device, driven by a fake guest.
+
+mod attributes;
+mod device;
+mod files;
+mod hostile;
+mod mapping;
+mod negotiation;

@@ -1,0 +1,261 @@
+//! The window against a model, with real files seen through its pointer.
+
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+
+use super::*;
+
+const CHUNK: usize = CHUNK_SIZE as usize;
+const SIZE: u64 = 32 << 20;
+const CHUNKS: u64 = SIZE / CHUNK_SIZE;
+
+/// A file of some chunks, each starting with its own mark.
+fn file(mark: u8, chunks: u64) -> File {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(chunks * CHUNK_SIZE).unwrap();
+    for chunk in 0..chunks {
+        file.write_at(&[mark, chunk as u8 + 1], chunk * CHUNK_SIZE).unwrap();
+    }
+    file
+}
+
+fn peek(window: &DaxWindow, offset: u64) -> [u8; 2] {
+    assert!(offset + 2 <= window.size());
+    // SAFETY: the bytes lie in the window, and every file that the tests map is long enough.
+    unsafe { window.host_address().add(offset as usize).cast::<[u8; 2]>().read_volatile() }
+}
+
+fn poke(window: &DaxWindow, offset: u64, bytes: [u8; 2]) {
+    assert!(offset + 2 <= window.size());
+    // SAFETY: as above; the tests write to writable mappings alone.
+    unsafe { window.host_address().add(offset as usize).cast::<[u8; 2]>().write_volatile(bytes) }
+}
+
+/// The permissions of the mapping at an address, from /proc/self/maps.
+fn permissions(address: *mut u8) -> String {
+    let mut maps = String::new();
+    File::open("/proc/self/maps").unwrap().read_to_string(&mut maps).unwrap();
+    let found = maps.lines().find_map(|line| {
+        let (range, rest) = line.split_once(' ')?;
+        let (start, end) = range.split_once('-')?;
+        let parse = |hex| usize::from_str_radix(hex, 16).unwrap();
+        (parse(start)..parse(end)).contains(&(address as usize)).then(|| rest[..4].to_string())
+    });
+    found.unwrap_or_else(|| "none".into())
+}
+
+#[test]
+fn it_is_aligned_and_reads_zeros() {
+    let window = DaxWindow::new(SIZE).unwrap();
+    assert_eq!(window.host_address() as usize % CHUNK, 0);
+    assert_eq!(window.size(), SIZE);
+    assert_eq!(peek(&window, 0), [0, 0]);
+    assert_eq!(peek(&window, SIZE - 2), [0, 0]);
+    assert_eq!(window.counters(), WindowCounters { size: SIZE, ..Default::default() });
+}
+
+#[test]
+fn sizes_that_no_window_has_are_refused() {
+    for size in [0, CHUNK_SIZE, SIZE + 4096, MAX_WINDOW_SIZE + CHUNK_SIZE, u64::MAX] {
+        assert_eq!(DaxWindow::new(size).err().unwrap().raw_os_error(), Some(libc::EINVAL));
+    }
+}
+
+#[test]
+fn the_largest_window_commits_nothing() {
+    let window = DaxWindow::new(MAX_WINDOW_SIZE).unwrap();
+    let file = file(7, 1);
+    let last = MAX_WINDOW_SIZE - CHUNK_SIZE;
+    window.map(last, 0, CHUNK_SIZE, false, file.as_fd()).unwrap();
+    assert_eq!(peek(&window, last), [7, 1]);
+    assert_eq!(peek(&window, 0), [0, 0]);
+}
+
+#[test]
+fn a_writable_mapping_is_the_file() {
+    let window = DaxWindow::new(SIZE).unwrap();
+    let file = file(3, 2);
+    window.map(4 * CHUNK_SIZE, CHUNK_SIZE, CHUNK_SIZE, true, file.as_fd()).unwrap();
+    assert_eq!(peek(&window, 4 * CHUNK_SIZE), [3, 2]);
+
+    poke(&window, 4 * CHUNK_SIZE + 100, [8, 9]);
+    let mut bytes = [0; 2];
+    file.read_exact_at(&mut bytes, CHUNK_SIZE + 100).unwrap();
+    assert_eq!(bytes, [8, 9]);
+
+    file.write_at(&[5, 6], CHUNK_SIZE + 200).unwrap();
+    assert_eq!(peek(&window, 4 * CHUNK_SIZE + 200), [5, 6]);
+}
+
+#[test]
+fn a_read_only_mapping_is_read_only_and_is_upgraded_in_place() {
+    let window = DaxWindow::new(SIZE).unwrap();
+    let file = file(1, 4);
+    window.map(0, 0, 4 * CHUNK_SIZE, false, file.as_fd()).unwrap();
+    assert_eq!(permissions(window.host_address()), "r--s");
+
+    window.map(CHUNK_SIZE, CHUNK_SIZE, CHUNK_SIZE, true, file.as_fd()).unwrap();
+    assert_eq!(permissions(window.host_address().wrapping_add(CHUNK)), "rw-s");
+    for chunk in [0, 2, 3] {
+        assert_eq!(permissions(window.host_address().wrapping_add(chunk * CHUNK)), "r--s");
+        assert_eq!(peek(&window, chunk as u64 * CHUNK_SIZE), [1, chunk as u8 + 1]);
+    }
+    assert_eq!(peek(&window, CHUNK_SIZE), [1, 2]);
+
+    let counters = window.counters();
+    assert_eq!((counters.mapped_chunks, counters.upgraded_chunks, counters.overlaid_chunks), (4, 1, 0));
+    assert_eq!(counters.setup_mappings, 2);
+}
+
+#[test]
+fn a_failed_map_leaves_what_was_there() {
+    let window = DaxWindow::new(SIZE).unwrap();
+    let file = file(2, 1);
+    let read_only = File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap();
+    let directory = File::open("/").unwrap();
+    window.map(0, 0, CHUNK_SIZE, false, file.as_fd()).unwrap();
+    let before = window.counters();
+
+    let denied = window.map(0, 0, CHUNK_SIZE, true, read_only.as_fd()).unwrap_err();
+    assert_eq!(denied.errno(), libc::EACCES);
+    let no_file = window.map(CHUNK_SIZE, 0, CHUNK_SIZE, false, directory.as_fd()).unwrap_err();
+    assert_eq!(no_file.errno(), libc::ENODEV);
+
+    assert_eq!(peek(&window, 0), [2, 1]);
+    assert_eq!(peek(&window, CHUNK_SIZE), [0, 0]);
+    assert_eq!(window.counters(), WindowCounters { failed_setup_mappings: 2, ..before });
+}
+
+#[test]
+fn unmapped_chunks_read_zeros_and_others_stay() {
+    let window = DaxWindow::new(SIZE).unwrap();
+    let file = file(4, 3);
+    window.map(0, 0, 3 * CHUNK_SIZE, true, file.as_fd()).unwrap();
+    window.unmap(CHUNK_SIZE, CHUNK_SIZE).unwrap();
+    assert_eq!([0, 1, 2].map(|chunk| peek(&window, chunk * CHUNK_SIZE)), [[4, 1], [0, 0], [4, 3]]);
+    window.unmap(0, SIZE).unwrap();
+    window.unmap(0, SIZE).unwrap();
+    assert_eq!(peek(&window, 2 * CHUNK_SIZE), [0, 0]);
+    let counters = window.counters();
+    assert_eq!((counters.mapped_chunks, counters.peak_mapped_chunks, counters.remove_mappings), (0, 3, 3));
+}
+
+#[test]
+fn ranges_outside_or_unaligned_are_refused() {
+    let window = DaxWindow::new(SIZE).unwrap();
+    let file = file(1, 1);
+    let top = u64::MAX - CHUNK_SIZE + 1;
+    for (moffset, len) in [
+        (0, 0),
+        (1, CHUNK_SIZE),
+        (4096, CHUNK_SIZE),
+        (0, 4096),
+        (0, CHUNK_SIZE + 1),
+        (SIZE, CHUNK_SIZE),
+        (SIZE - CHUNK_SIZE, 2 * CHUNK_SIZE),
+        (0, SIZE + CHUNK_SIZE),
+        (top, CHUNK_SIZE),
+        (CHUNK_SIZE, top),
+        (0, u64::MAX),
+    ] {
+        let map = window.map(moffset, 0, len, false, file.as_fd());
+        assert_eq!(map.unwrap_err().errno(), libc::EINVAL, "{moffset:#x} {len:#x}");
+        assert_eq!(window.unmap(moffset, len).unwrap_err().errno(), libc::EINVAL, "{moffset:#x} {len:#x}");
+    }
+    for foffset in [1, 4096, i64::MAX as u64 - CHUNK_SIZE, 1 << 63, top, u64::MAX] {
+        let map = window.map(0, foffset, CHUNK_SIZE, false, file.as_fd());
+        assert_eq!(map.unwrap_err().errno(), libc::EINVAL, "{foffset:#x}");
+    }
+    let last = SIZE - CHUNK_SIZE;
+    window.map(last, 0, CHUNK_SIZE, false, file.as_fd()).unwrap();
+    assert_eq!(peek(&window, last), [1, 1]);
+    assert_eq!(window.counters().mapped_chunks, 1);
+}
+
+#[test]
+fn clear_and_drop_let_go_of_the_files() {
+    let window = DaxWindow::new(SIZE).unwrap();
+    let base = window.host_address();
+    window.map(0, 0, 2 * CHUNK_SIZE, false, file(1, 2).as_fd()).unwrap();
+    assert_eq!(permissions(base), "r--s");
+    window.clear().unwrap();
+    window.clear().unwrap();
+    assert_eq!(permissions(base), "r--p");
+    assert_eq!((window.counters().mapped_chunks, window.counters().cleared_chunks), (0, 2));
+}
+
+/// Random requests, good and bad, against a model that keeps a mark for each chunk.
+#[test]
+fn it_agrees_with_a_model() {
+    let window = DaxWindow::new(SIZE).unwrap();
+    let files = [file(1, 8), file(2, 8), file(3, 8)];
+    let mut model = vec![[0u8; 2]; CHUNKS as usize];
+    let mut setups = 0;
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut random = |below: u64| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state % below
+    };
+    for _ in 0..2_000 {
+        let (first, count) = (random(CHUNKS + 2), random(5));
+        let (moffset, len) = (first * CHUNK_SIZE, count * CHUNK_SIZE);
+        let valid = count > 0 && first + count <= CHUNKS;
+        let range = first as usize..(first + count) as usize;
+        if random(3) == 0 {
+            assert_eq!(window.unmap(moffset, len).is_ok(), valid);
+            if valid {
+                model[range].fill([0, 0]);
+            }
+        } else {
+            let (file, start) = (random(3), random(4));
+            let writable = random(2) == 0;
+            let map = window.map(moffset, start * CHUNK_SIZE, len, writable, files[file as usize].as_fd());
+            assert_eq!(map.is_ok(), valid);
+            if valid {
+                setups += 1;
+                for (chunk, shown) in model[range].iter_mut().zip(start as u8 + 1..) {
+                    *chunk = [file as u8 + 1, shown];
+                }
+            }
+        }
+        let mapped = model.iter().filter(|chunk| **chunk != [0, 0]).count() as u64;
+        assert_eq!(window.counters().mapped_chunks, mapped);
+    }
+    for (chunk, expected) in model.iter().enumerate() {
+        assert_eq!(peek(&window, chunk as u64 * CHUNK_SIZE), *expected, "chunk {chunk}");
+    }
+    let counters = window.counters();
+    assert_eq!(counters.setup_mappings, setups);
+    assert!(
+        counters.upgraded_chunks > 0 && counters.overlaid_chunks > 0 && counters.failed_setup_mappings > 0
+    );
+}
+
+#[test]
+fn threads_that_share_it_do_not_disturb_each_other() {
+    let window = DaxWindow::new(SIZE).unwrap();
+    std::thread::scope(|scope| {
+        for thread in 0..4u8 {
+            let window = &window;
+            scope.spawn(move || {
+                let file = file(thread + 1, 2);
+                for round in 0..500u64 {
+                    let moffset = (u64::from(thread) + 4 * (round % 4)) * CHUNK_SIZE;
+                    window.map(moffset, CHUNK_SIZE, CHUNK_SIZE, round % 2 == 0, file.as_fd()).unwrap();
+                    assert_eq!(peek(window, moffset), [thread + 1, 2]);
+                    window.unmap(moffset, CHUNK_SIZE).unwrap();
+                    assert_eq!(peek(window, moffset), [0, 0]);
+                }
+            });
+        }
+    });
+    let counters = window.counters();
+    assert_eq!(
+        (counters.mapped_chunks, counters.setup_mappings, counters.remove_mappings),
+        (0, 2_000, 2_000)
+    );
+}
