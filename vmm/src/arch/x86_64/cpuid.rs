@@ -3,6 +3,9 @@
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
 
+/// Bits of leaf 1, ECX.
+const TSC_DEADLINE_TIMER: u32 = 1 << 24;
+const HYPERVISOR: u32 = 1 << 31;
 /// Levels of leaf 0xb.
 const LEVEL_THREAD: u32 = 1 << 8;
 const LEVEL_CORE: u32 = 2 << 8;
@@ -13,10 +16,11 @@ const LEVEL_CORE: u32 = 2 << 8;
 /// KVM cannot tell what it supports.
 pub fn supported(kvm: &Kvm) -> Result<CpuId, kvm_ioctls::Error> {
     let mut cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
-    if kvm.check_extension(Cap::TscDeadlineTimer) {
+    for leaf in cpuid.as_mut_slice().iter_mut().filter(|leaf| leaf.function == 1) {
+        leaf.ecx |= HYPERVISOR;
         // KVM emulates it whatever the host has, but leaves it to us to say so (api.rst, KVM_CAP_TSC_DEADLINE_TIMER).
-        for leaf in cpuid.as_mut_slice().iter_mut().filter(|leaf| leaf.function == 1) {
-            leaf.ecx |= 1 << 24;
+        if kvm.check_extension(Cap::TscDeadlineTimer) {
+            leaf.ecx |= TSC_DEADLINE_TIMER;
         }
     }
     Ok(cpuid)
