@@ -1,1 +1,30 @@
 //! daxvm: a small KVM virtual machine monitor with a built-in virtio-fs device whose DAX state is decided per file.
+//!
+//! The boot path, by types: a [`VmConfig`] is what a user wrote; [`ValidConfig`] has been checked; [`Vm::build`] turns
+//! it into a [`Vm`] (see `builder.rs`, which reads as the recipe); [`Vm::run`] runs the guest to its end and returns a
+//! [`Report`]. [`Vm::ending`] gives the means to end it from another thread.
+
+pub mod arch;
+mod boot;
+mod builder;
+pub mod cli;
+pub mod config;
+pub mod console;
+mod device_manager;
+mod event_loop;
+mod exit;
+mod interrupts;
+mod layout;
+mod memory;
+mod outcome;
+mod report;
+mod vcpu;
+mod vm;
+
+pub use boot::{BootError, KernelFormat, KernelImage};
+pub use builder::BuildError;
+pub use config::{ConfigError, DaxConfig, ShareConfig, ValidConfig, VmConfig};
+pub use memory::MemoryError;
+pub use outcome::{ExitReason, Stop};
+pub use report::{Report, ShareReport, Timing};
+pub use vm::{ConsoleInput, Ending, Vm};

@@ -1,2 +1,7 @@
 //! The `daxvm` program.
-fn main() {}
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    vmm::cli::main()
+}

@@ -2,3 +2,5 @@
 
 pub mod device;
 pub mod fs;
+pub mod pci;
+pub mod worker;

@@ -1,0 +1,149 @@
+//! The serial port (16550A), the guest's console.
+
+use std::io::Write;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use vm_superio::serial::SerialEvents;
+use vm_superio::{Serial, Trigger};
+
+use crate::bus::BusDevice;
+use crate::interrupt::Interrupt;
+
+struct Line(Arc<dyn Interrupt>);
+
+impl Trigger for Line {
+    type E = std::io::Error;
+    fn trigger(&self) -> std::io::Result<()> {
+        self.0.trigger()
+    }
+}
+
+/// Tells whoever feeds the port that there is room again.
+struct RoomAgain(Box<dyn Fn() + Send>);
+
+impl SerialEvents for RoomAgain {
+    fn buffer_read(&self) {}
+    fn out_byte(&self) {}
+    fn tx_lost_byte(&self) {}
+    fn in_buffer_empty(&self) {
+        (self.0)();
+    }
+}
+
+type Port = Serial<Line, RoomAgain, Box<dyn Write + Send>>;
+
+/// A 16550A that writes what the guest sends to a writer.
+pub struct SerialPort(Mutex<Port>);
+
+impl SerialPort {
+    /// Ports taken.
+    pub const SIZE: u64 = 8;
+
+    /// A port that interrupts by `line` and sends to `out`; `room_again` is called, with the port locked, when the
+    /// guest has read all that was fed.
+    pub fn new(
+        line: Arc<dyn Interrupt>,
+        out: Box<dyn Write + Send>,
+        room_again: impl Fn() + Send + 'static,
+    ) -> SerialPort {
+        SerialPort(Mutex::new(Serial::with_events(Line(line), RoomAgain(Box::new(room_again)), out)))
+    }
+
+    /// Bytes that [`SerialPort::feed`] would take now.
+    pub fn room(&self) -> usize {
+        self.lock().fifo_capacity()
+    }
+
+    /// Gives the guest input; returns how many bytes were taken. While the guest tests the port in loop-back mode
+    /// nothing is.
+    pub fn feed(&self, input: &[u8]) -> usize {
+        let mut port = self.lock();
+        let input = &input[..input.len().min(port.fifo_capacity())];
+        match port.enqueue_raw_bytes(input) {
+            Ok(taken) => taken,
+            Err(error) => {
+                tracing::warn!(%error, "Console input lost");
+                input.len()
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Port> {
+        self.0.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+impl BusDevice for SerialPort {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        if let [byte] = data {
+            *byte = self.lock().read(offset as u8);
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        if let [byte] = data {
+            // A console whose reader has gone away is not the guest's fault: it goes on without one.
+            let _ = self.lock().write(offset as u8, *byte);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    #[derive(Default)]
+    struct Counter(AtomicUsize);
+
+    impl Interrupt for Counter {
+        fn trigger(&self) -> std::io::Result<()> {
+            self.0.fetch_add(1, Ordering::Relaxed);
+            Ok(())
+        }
+    }
+
+    #[derive(Clone, Default)]
+    struct Sink(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Sink {
+        fn write(&mut self, data: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().unwrap().extend(data);
+            Ok(data.len())
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn bytes_go_both_ways_and_nothing_is_lost_when_the_fifo_is_full() {
+        let (line, sink, rooms) =
+            (Arc::new(Counter::default()), Sink::default(), Arc::new(AtomicUsize::new(0)));
+        let again = rooms.clone();
+        let port = SerialPort::new(line.clone(), Box::new(sink.clone()), move || {
+            again.fetch_add(1, Ordering::Relaxed);
+        });
+        for byte in b"hello" {
+            port.write(0, &[*byte]);
+        }
+        assert_eq!(*sink.0.lock().unwrap(), b"hello");
+
+        port.write(1, &[1]);
+        let input: Vec<u8> = (0..200).collect();
+        let mut fed = 0;
+        let mut got = Vec::new();
+        while got.len() < input.len() {
+            fed += port.feed(&input[fed..]);
+            while port.room() < 64 {
+                let mut byte = [0];
+                port.read(0, &mut byte);
+                got.push(byte[0]);
+            }
+        }
+        assert_eq!(got, input);
+        assert!(rooms.load(Ordering::Relaxed) >= 4);
+        assert!(line.0.load(Ordering::Relaxed) > 0);
+    }
+}

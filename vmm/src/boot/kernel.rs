@@ -1,0 +1,135 @@
+//! The kernel image: a bzImage, entered by the 64-bit boot protocol, or an uncompressed ELF vmlinux, entered by PVH.
+
+use std::fs::File;
+use std::io::{Read, Seek};
+use std::path::{Path, PathBuf};
+
+use linux_loader::loader::bootparam::setup_header;
+use linux_loader::loader::elf::PvhBootCapability;
+use linux_loader::loader::{BzImage, Elf, KernelLoader};
+use vm_memory::{GuestAddress, GuestMemoryMmap};
+
+use super::BootError;
+use crate::arch::x86_64::entry::EntryPoint;
+use crate::layout::{self, boot};
+
+/// Offset of the 64-bit entry point from the start of the protected-mode kernel.
+const ENTRY_64: u64 = 0x200;
+/// xloadflags: the kernel has the 64-bit entry point.
+const XLF_KERNEL_64: u16 = 1;
+/// Offset of the magic number in a bzImage.
+const MAGIC: usize = 0x202;
+
+/// What a kernel image is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KernelFormat {
+    /// A compressed kernel that unpacks itself (arch/x86/boot).
+    BzImage,
+    /// An uncompressed kernel, `vmlinux`.
+    Elf,
+}
+
+/// A kernel image file of a known format.
+#[derive(Debug)]
+pub struct KernelImage {
+    path: PathBuf,
+    file: File,
+    format: KernelFormat,
+}
+
+/// A kernel in guest memory.
+pub(super) struct LoadedKernel {
+    pub entry: EntryPoint,
+    pub setup_header: Option<setup_header>,
+    /// First address that the kernel leaves alone while it unpacks itself.
+    pub end: u64,
+    /// The initramfs must lie below this.
+    pub initramfs_limit: u64,
+}
+
+impl KernelImage {
+    /// Opens `path` and recognises its format.
+    ///
+    /// # Errors
+    /// [`BootError::Read`] and [`BootError::UnknownFormat`].
+    pub fn open(path: &Path) -> Result<KernelImage, BootError> {
+        let failed = |source| BootError::Read { what: "kernel", path: path.to_owned(), source };
+        let mut file = File::open(path).map_err(failed)?;
+        let mut start = Vec::new();
+        file.by_ref().take(1024).read_to_end(&mut start).map_err(failed)?;
+        file.rewind().map_err(failed)?;
+        let format = match &start[..] {
+            start if start.get(MAGIC..MAGIC + 4) == Some(b"HdrS") => KernelFormat::BzImage,
+            // 64-bit, little-endian.
+            start if start.starts_with(b"\x7fELF\x02\x01") => KernelFormat::Elf,
+            _ => return Err(BootError::UnknownFormat(path.to_owned())),
+        };
+        Ok(KernelImage { path: path.to_owned(), file, format })
+    }
+
+    /// The format.
+    pub fn format(&self) -> KernelFormat {
+        self.format
+    }
+
+    /// Loads the image to guest memory of which `low_ram` bytes lie below the hole.
+    pub(super) fn load(mut self, memory: &GuestMemoryMmap, low_ram: u64) -> Result<LoadedKernel, BootError> {
+        match self.format {
+            KernelFormat::BzImage => self.load_bzimage(memory, low_ram),
+            KernelFormat::Elf => self.load_elf(memory, low_ram),
+        }
+    }
+
+    fn load_bzimage(&mut self, memory: &GuestMemoryMmap, low_ram: u64) -> Result<LoadedKernel, BootError> {
+        let start = GuestAddress(boot::HIGH_MEMORY);
+        let loaded = BzImage::load(memory, Some(start), &mut self.file, Some(start))
+            .map_err(|source| self.load_error(source, low_ram))?;
+        let header = loaded.setup_header.ok_or_else(|| BootError::UnknownFormat(self.path.clone()))?;
+        if header.version < 0x20c || header.xloadflags & XLF_KERNEL_64 == 0 {
+            return Err(BootError::TooOld(self.path.clone()));
+        }
+        // Where it unpacks itself to, unless it finds a better place (boot.rst, init_size).
+        let runtime_start = header.pref_address.max(boot::HIGH_MEMORY);
+        let end = runtime_start.saturating_add(header.init_size.into()).max(loaded.kernel_end);
+        if end > low_ram {
+            return Err(self.too_big(end, low_ram));
+        }
+        Ok(LoadedKernel {
+            entry: EntryPoint::Linux64(loaded.kernel_load.0 + ENTRY_64),
+            setup_header: Some(header),
+            end,
+            initramfs_limit: u64::from(header.initrd_addr_max) + 1,
+        })
+    }
+
+    fn load_elf(&mut self, memory: &GuestMemoryMmap, low_ram: u64) -> Result<LoadedKernel, BootError> {
+        let loaded = Elf::load(memory, None, &mut self.file, Some(GuestAddress(boot::HIGH_MEMORY)))
+            .map_err(|source| self.load_error(source, low_ram))?;
+        let PvhBootCapability::PvhEntryPresent(entry) = loaded.pvh_boot_cap else {
+            return Err(BootError::NoPvh(self.path.clone()));
+        };
+        if loaded.kernel_end > low_ram {
+            return Err(self.too_big(loaded.kernel_end, low_ram));
+        }
+        Ok(LoadedKernel {
+            entry: EntryPoint::Pvh(entry.0),
+            setup_header: None,
+            end: loaded.kernel_end,
+            initramfs_limit: layout::HOLE.start,
+        })
+    }
+
+    /// linux-loader does not tell a short read of the file from a write past the end of guest memory.
+    fn load_error(&self, source: linux_loader::loader::Error, low_ram: u64) -> BootError {
+        let size = self.file.metadata().map_or(0, |metadata| metadata.len());
+        if boot::HIGH_MEMORY + size > low_ram {
+            return self.too_big(boot::HIGH_MEMORY + size, low_ram);
+        }
+        BootError::Load { path: self.path.clone(), source }
+    }
+
+    fn too_big(&self, end: u64, low_ram: u64) -> BootError {
+        let needed = end.next_multiple_of(1 << 20) >> 20;
+        BootError::TooLittleMemory { what: "the kernel", needed, given: low_ram >> 20 }
+    }
+}

@@ -1,0 +1,219 @@
+//! From a configuration to a VM, one helper a step.
+
+use std::io;
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use devices::bus::BusError;
+use devices::legacy::{AcpiSleep, KeyboardController, PowerEvent, SerialPort};
+use devices::pci::{ConfigPorts, Ecam};
+use devices::virtio::device::DeviceMemory;
+use devices::virtio::pci::VirtioPciError;
+use kvm_bindings::CpuId;
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use vm_memory::{GuestMemoryError, GuestMemoryMmap};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::arch::x86_64::entry::{self, EntryError, EntryPoint};
+use crate::arch::x86_64::{acpi, cpuid};
+use crate::boot::{self, Boot, BootError};
+use crate::config::ValidConfig;
+use crate::console::{ConsoleLog, ConsoleOutput};
+use crate::device_manager::DeviceManager;
+use crate::exit::Buses;
+use crate::interrupts::Line;
+use crate::layout::{self, irq, ports};
+use crate::memory::{GuestRam, MemoryError, Slot, Slots};
+use crate::vm::{Ending, Parts, Vm};
+
+/// Why a VM could not be built. The message names what to do where the user can do something.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// /dev/kvm is missing.
+    #[error(
+        "There is no /dev/kvm: load the module kvm_intel or kvm_amd, and enable virtualisation in the firmware \
+         (or nested virtualisation in the hypervisor that runs this machine)"
+    )]
+    NoKvm(#[source] kvm_ioctls::Error),
+    /// /dev/kvm may not be opened.
+    #[error("No permission to use /dev/kvm: add the user to the group `kvm` and log in again")]
+    KvmPermission(#[source] kvm_ioctls::Error),
+    /// KVM refuses something.
+    #[error("KVM cannot {0}")]
+    Kvm(&'static str, #[source] kvm_ioctls::Error),
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// Kernel, initramfs, command line.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// The initial state of a vCPU.
+    #[error(transparent)]
+    Entry(#[from] EntryError),
+    /// A device behind the virtio transport.
+    #[error(transparent)]
+    Virtio(#[from] VirtioPciError),
+    /// Two devices at one address, which would be a mistake in the layout.
+    #[error(transparent)]
+    Bus(#[from] BusError),
+    /// ACPI tables do not fit.
+    #[error("Cannot write the ACPI tables")]
+    Acpi(#[source] GuestMemoryError),
+    /// An event descriptor.
+    #[error("Cannot create an event descriptor")]
+    EventFd(#[source] io::Error),
+}
+
+/// Builds a VM.
+///
+/// # Errors
+/// See [`BuildError`].
+pub(crate) fn build(config: ValidConfig, console: Box<dyn io::Write + Send>) -> Result<Vm, BuildError> {
+    let started = Instant::now();
+    let kvm = open_kvm()?;
+    let vm = create_vm(&kvm)?;
+    let slots = Slots::new(Arc::clone(&vm));
+    let ram = GuestRam::new(config.memory)?;
+    let memory = ram.describe()?;
+    let cpuid = cpuid::supported(&kvm).map_err(|e| BuildError::Kvm("tell its CPUID", e))?;
+    let mmio_64 = layout::mmio_64(config.memory, cpuid::address_bits(&cpuid));
+
+    let ending = Ending::new().map_err(BuildError::EventFd)?;
+    let buses = Buses::default();
+    let console = ConsoleParts::new(&vm, console).map_err(BuildError::EventFd)?;
+    add_legacy_devices(&buses, &console, &ending)?;
+    let devices_memory = DeviceMemory::new(memory.clone());
+    let manager = DeviceManager::new(
+        Arc::clone(&vm),
+        Arc::clone(&slots),
+        &buses.memory,
+        devices_memory,
+        mmio_64.clone(),
+    );
+    buses.ports.insert(
+        ports::PCI_CONFIG.into(),
+        ConfigPorts::SIZE,
+        Arc::new(ConfigPorts::new(manager.bus())),
+    )?;
+    buses.memory.insert(layout::ECAM, Ecam::SIZE, Arc::new(Ecam(manager.bus())))?;
+
+    let rsdp = acpi::write_tables(&memory, config.cpus, &mmio_64).map_err(BuildError::Acpi)?;
+    let entry = load_guest(&config, &memory, rsdp)?;
+    let vcpus = create_vcpus(&vm, &cpuid, config.cpus, &memory, entry)?;
+    let slots = map_ram(&slots, &ram)?;
+    let parts = Parts {
+        buses,
+        pci: manager.bus(),
+        serial: console.serial,
+        room_in_serial: console.room,
+        panicked: console.panicked,
+        console_log: console.log,
+        shares: Vec::new(),
+        config,
+        started,
+        slots,
+        ram,
+    };
+    Ok(Vm::new(parts, vcpus, ending))
+}
+
+fn open_kvm() -> Result<Kvm, BuildError> {
+    Kvm::new().map_err(|error| match error.errno() {
+        libc::ENOENT | libc::ENODEV | libc::ENXIO => BuildError::NoKvm(error),
+        libc::EACCES | libc::EPERM => BuildError::KvmPermission(error),
+        _ => BuildError::Kvm("be opened", error),
+    })
+}
+
+/// The VM with its interrupt controllers. There is no PIT: the tables say hardware-reduced, and Linux takes its time
+/// from kvmclock and the local APIC.
+fn create_vm(kvm: &Kvm) -> Result<Arc<VmFd>, BuildError> {
+    let vm = kvm.create_vm().map_err(|e| BuildError::Kvm("create a VM", e))?;
+    vm.set_identity_map_address(layout::KVM_IDENTITY_MAP)
+        .map_err(|e| BuildError::Kvm("set the identity map's address", e))?;
+    vm.set_tss_address(layout::KVM_TSS as usize)
+        .map_err(|e| BuildError::Kvm("set the task state segment's address", e))?;
+    vm.create_irq_chip().map_err(|e| BuildError::Kvm("create interrupt controllers", e))?;
+    Ok(Arc::new(vm))
+}
+
+/// The serial port and what tells the main thread of it.
+struct ConsoleParts {
+    serial: Arc<SerialPort>,
+    room: EventFd,
+    panicked: EventFd,
+    log: Arc<Mutex<ConsoleLog>>,
+}
+
+impl ConsoleParts {
+    fn new(vm: &VmFd, out: Box<dyn io::Write + Send>) -> io::Result<ConsoleParts> {
+        let log = Arc::default();
+        let (room, panicked) = (EventFd::new(EFD_NONBLOCK)?, EventFd::new(EFD_NONBLOCK)?);
+        let (tell_room, tell_panic) = (room.try_clone()?, panicked.try_clone()?);
+        // The main thread reads both; a write can only fail when it has not done so 2^64 times.
+        let out = ConsoleOutput::new(out, Arc::clone(&log), move || drop(tell_panic.write(1)));
+        let line = Arc::new(Line::new(vm, irq::SERIAL)?);
+        let serial = SerialPort::new(line, Box::new(out), move || drop(tell_room.write(1)));
+        Ok(ConsoleParts { serial: Arc::new(serial), room, panicked, log })
+    }
+}
+
+fn add_legacy_devices(buses: &Buses, console: &ConsoleParts, ending: &Ending) -> Result<(), BuildError> {
+    let on_event = || {
+        let ending = ending.clone();
+        move |event: PowerEvent| ending.power_event(event)
+    };
+    buses.ports.insert(ports::SERIAL.into(), SerialPort::SIZE, Arc::clone(&console.serial) as _)?;
+    let keyboard = KeyboardController::new(on_event());
+    buses.ports.insert(ports::KEYBOARD.into(), KEYBOARD_PORTS, Arc::new(keyboard))?;
+    let sleep = AcpiSleep::new(on_event());
+    buses.ports.insert(ports::ACPI_SLEEP.into(), ACPI_SLEEP_PORTS, Arc::new(sleep))?;
+    Ok(())
+}
+
+const KEYBOARD_PORTS: u64 = KeyboardController::<fn(PowerEvent)>::SIZE;
+const ACPI_SLEEP_PORTS: u64 = AcpiSleep::<fn(PowerEvent)>::SIZE;
+
+fn load_guest(config: &ValidConfig, memory: &GuestMemoryMmap, rsdp: u64) -> Result<EntryPoint, BuildError> {
+    let command_line = config.command_line();
+    let what = Boot {
+        kernel: &config.kernel,
+        initramfs: config.initrd.as_deref(),
+        command_line: &command_line,
+        ram: config.memory,
+        rsdp,
+    };
+    Ok(boot::load(memory, &what)?)
+}
+
+fn create_vcpus(
+    vm: &VmFd,
+    supported: &CpuId,
+    count: u8,
+    memory: &GuestMemoryMmap,
+    entry: EntryPoint,
+) -> Result<Vec<VcpuFd>, BuildError> {
+    (0..count)
+        .map(|id| {
+            let vcpu = vm.create_vcpu(id.into()).map_err(|e| BuildError::Kvm("create a vCPU", e))?;
+            let no_room =
+                |_| BuildError::Kvm("take so many CPUID leaves", kvm_ioctls::Error::new(libc::E2BIG));
+            let cpuid = cpuid::for_vcpu(supported, id, count).map_err(no_room)?;
+            vcpu.set_cpuid2(&cpuid).map_err(|e| BuildError::Kvm("set a vCPU's CPUID", e))?;
+            entry::set_up_any(&vcpu)?;
+            if id == 0 {
+                entry::set_up_first(&vcpu, memory, entry)?;
+            }
+            Ok(vcpu)
+        })
+        .collect()
+}
+
+fn map_ram(slots: &Arc<Slots>, ram: &GuestRam) -> Result<Vec<Slot>, BuildError> {
+    ram.ranges()
+        .map(|(range, host)| {
+            // SAFETY: the range is part of `ram`, which the VM drops after the slots.
+            unsafe { slots.map(host, range.end - range.start, range.start) }.map_err(BuildError::from)
+        })
+        .collect()
+}

@@ -1,0 +1,94 @@
+//! `--share tag=TAG,path=DIR[,ro][,window=SIZE][,dax=POLICY]`.
+
+use std::path::PathBuf;
+
+use super::size::parse_size;
+use crate::config::{DaxConfig, ShareConfig};
+
+const KEYS: [&str; 5] = ["tag", "path", "ro", "window", "dax"];
+
+/// Parses the value of `--share`.
+pub fn parse_share(text: &str) -> Result<ShareConfig, String> {
+    let (mut tag, mut path) = (None, None);
+    let (mut read_only, mut window, mut dax) = (false, None, DaxConfig::default());
+    for part in text.split(',') {
+        let (key, value) = match part.split_once('=') {
+            Some((key, value)) => (key, Some(value)),
+            None => (part, None),
+        };
+        let value = |example: &str| {
+            let given = value.filter(|value| !value.is_empty());
+            given.ok_or_else(|| format!("`{key}` needs a value, for example {key}={example}"))
+        };
+        match key {
+            "tag" => tag = Some(value("src")?.to_owned()),
+            "path" => path = Some(PathBuf::from(value("/srv/data")?)),
+            "ro" => match part {
+                "ro" => read_only = true,
+                _ => return Err("`ro` takes no value".into()),
+            },
+            "window" => window = Some(parse_size(value("256M")?)?),
+            "dax" => dax = parse_dax(value("always")?)?,
+            _ => return Err(unknown("key", key, &KEYS)),
+        }
+    }
+    let missing =
+        |key: &str| format!("a share needs `{key}`: tag=TAG,path=DIR[,ro][,window=SIZE][,dax=POLICY]");
+    Ok(ShareConfig {
+        tag: tag.ok_or_else(|| missing("tag"))?,
+        path: path.ok_or_else(|| missing("path"))?,
+        read_only,
+        window,
+        dax,
+    })
+}
+
+fn parse_dax(text: &str) -> Result<DaxConfig, String> {
+    match text {
+        "never" => Ok(DaxConfig::Never),
+        "always" => Ok(DaxConfig::Always),
+        _ => Err(unknown("DAX policy", text, &["never", "always"])),
+    }
+}
+
+/// Says what was not understood, and what was probably meant.
+fn unknown(what: &str, given: &str, known: &[&str]) -> String {
+    let nearest = known
+        .iter()
+        .map(|candidate| (strsim::damerau_levenshtein(given, candidate), *candidate))
+        .min()
+        .filter(|(distance, candidate)| *distance <= candidate.len().max(3) / 2);
+    match nearest {
+        Some((_, candidate)) => format!("unknown {what} `{given}`; did you mean `{candidate}`?"),
+        None => format!("unknown {what} `{given}`; known are {}", known.join(", ")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_share_with_everything() {
+        let share = parse_share("tag=src,path=/a=b,ro,window=64M,dax=never").unwrap();
+        assert_eq!((share.tag.as_str(), share.path.to_str()), ("src", Some("/a=b")));
+        assert_eq!((share.read_only, share.window, share.dax), (true, Some(64 << 20), DaxConfig::Never));
+    }
+
+    #[test]
+    fn mistakes_are_named_with_the_remedy() {
+        for (text, says) in [
+            ("tga=src,path=/", "did you mean `tag`"),
+            ("tag=src", "needs `path`"),
+            ("path=/", "needs `tag`"),
+            ("tag=,path=/", "`tag` needs a value"),
+            ("tag=a,path=/,ro=1", "takes no value"),
+            ("tag=a,path=/,window=lots", "is no size"),
+            ("tag=a,path=/,dax=alway", "did you mean `always`"),
+            ("tag=a,path=/,readonly", "known are"),
+        ] {
+            let error = parse_share(text).unwrap_err();
+            assert!(error.contains(says), "{text}: {error}");
+        }
+    }
+}

@@ -1,0 +1,202 @@
+//! What a VM is to be: [`VmConfig`], plain data as a user writes it, and [`ValidConfig`], which cannot be wrong in
+//! itself. Only the system can still refuse it.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::arch::x86_64::MAX_VCPUS;
+use crate::layout::HUGE_PAGE;
+
+/// The least memory that a guest can have, in bytes.
+pub const MIN_MEMORY: u64 = 64 << 20;
+/// The most memory that a guest can have, in bytes: what the smallest physical address space of a supported CPU holds
+/// beside windows.
+pub const MAX_MEMORY: u64 = 512 << 30;
+/// Shares that fit on the PCI bus beside the host bridge.
+pub const MAX_SHARES: usize = 24;
+/// What the command line begins with; what the user gives comes after it, and so wins.
+pub const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 panic=-1";
+
+/// A VM as a user describes it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmConfig {
+    /// The kernel: a bzImage or an ELF vmlinux.
+    pub kernel: PathBuf,
+    /// The initramfs.
+    #[serde(default)]
+    pub initrd: Option<PathBuf>,
+    /// Kernel parameters beside [`DEFAULT_COMMAND_LINE`].
+    #[serde(default)]
+    pub cmdline: String,
+    /// vCPUs, 1 to 32.
+    #[serde(default = "default_cpus")]
+    pub cpus: u8,
+    /// Bytes of RAM, at least 64 MiB, a multiple of 2 MiB.
+    #[serde(default = "default_memory")]
+    pub memory: u64,
+    /// Shared directories.
+    #[serde(default)]
+    pub shares: Vec<ShareConfig>,
+    /// How long the VM may run.
+    #[serde(default)]
+    pub timeout: Option<Duration>,
+}
+
+/// A shared directory.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ShareConfig {
+    /// The name by which the guest mounts it, 1 to 36 bytes.
+    pub tag: String,
+    /// The directory.
+    pub path: PathBuf,
+    /// The guest may not change anything.
+    #[serde(default)]
+    pub read_only: bool,
+    /// Bytes of the DAX window, 0 for none; by default what costs the guest about 2 % of its RAM.
+    #[serde(default)]
+    pub window: Option<u64>,
+    /// Which files are DAX.
+    #[serde(default)]
+    pub dax: DaxConfig,
+}
+
+/// Which files of a share are DAX.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DaxConfig {
+    /// None.
+    Never,
+    /// Every regular file.
+    #[default]
+    Always,
+}
+
+fn default_cpus() -> u8 {
+    1
+}
+
+fn default_memory() -> u64 {
+    512 << 20
+}
+
+/// Why a configuration is wrong. The message names what to change.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum ConfigError {
+    /// Number of vCPUs.
+    #[error("--cpus {0}: a guest has 1 to {MAX_VCPUS} vCPUs")]
+    Cpus(u8),
+    /// Size of RAM.
+    #[error("--memory {given}: a guest has 64M to {}G of memory, in steps of 2M; nearest: {nearest}M", MAX_MEMORY >> 30)]
+    Memory {
+        /// Bytes given.
+        given: u64,
+        /// The nearest possible size, in MiB.
+        nearest: u64,
+    },
+    /// Too many shares.
+    #[error("{0} shares: at most {MAX_SHARES} fit on the PCI bus")]
+    Shares(usize),
+    /// Two shares of one name.
+    #[error("Two shares have the tag `{0}`: the guest could not tell them apart")]
+    DuplicateTag(String),
+    /// The timeout.
+    #[error("--timeout 0s: the guest needs time to run; leave --timeout out for no limit")]
+    Timeout,
+}
+
+/// A configuration that has been checked.
+#[derive(Debug, Clone)]
+pub struct ValidConfig(VmConfig);
+
+impl ValidConfig {
+    /// Checks `config`; nothing is opened.
+    ///
+    /// # Errors
+    /// The first thing that is wrong. What only the device can judge (tags, window sizes) it checks when it is built.
+    pub fn new(config: VmConfig) -> Result<ValidConfig, ConfigError> {
+        if !(1..=MAX_VCPUS).contains(&config.cpus) {
+            return Err(ConfigError::Cpus(config.cpus));
+        }
+        let memory = config.memory;
+        if !memory.is_multiple_of(HUGE_PAGE) || !(MIN_MEMORY..=MAX_MEMORY).contains(&memory) {
+            let nearest = memory.clamp(MIN_MEMORY, MAX_MEMORY).next_multiple_of(HUGE_PAGE);
+            return Err(ConfigError::Memory { given: memory, nearest: nearest >> 20 });
+        }
+        if config.shares.len() > MAX_SHARES {
+            return Err(ConfigError::Shares(config.shares.len()));
+        }
+        for (i, share) in config.shares.iter().enumerate() {
+            if config.shares[..i].iter().any(|other| other.tag == share.tag) {
+                return Err(ConfigError::DuplicateTag(share.tag.clone()));
+            }
+        }
+        if config.timeout.is_some_and(|timeout| timeout.is_zero()) {
+            return Err(ConfigError::Timeout);
+        }
+        Ok(ValidConfig(config))
+    }
+
+    /// The kernel command line.
+    pub fn command_line(&self) -> String {
+        format!("{DEFAULT_COMMAND_LINE} {}", self.cmdline).trim_end().to_owned()
+    }
+}
+
+impl std::ops::Deref for ValidConfig {
+    type Target = VmConfig;
+    fn deref(&self) -> &VmConfig {
+        &self.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> VmConfig {
+        VmConfig {
+            kernel: "k".into(),
+            initrd: None,
+            cmdline: String::new(),
+            cpus: 1,
+            memory: 512 << 20,
+            shares: Vec::new(),
+            timeout: None,
+        }
+    }
+
+    fn share(tag: &str) -> ShareConfig {
+        ShareConfig {
+            tag: tag.into(),
+            path: "/".into(),
+            read_only: false,
+            window: None,
+            dax: DaxConfig::Always,
+        }
+    }
+
+    #[test]
+    fn limits_are_enforced_and_named() {
+        assert!(ValidConfig::new(config()).is_ok());
+        assert_eq!(ValidConfig::new(VmConfig { cpus: 0, ..config() }).unwrap_err(), ConfigError::Cpus(0));
+        assert!(ValidConfig::new(VmConfig { cpus: 33, ..config() }).is_err());
+        for (memory, nearest) in [(1, 64), ((512 << 20) + 1, 514), (u64::MAX, 512 << 10)] {
+            let error = ValidConfig::new(VmConfig { memory, ..config() }).unwrap_err();
+            assert_eq!(error, ConfigError::Memory { given: memory, nearest });
+        }
+        let twins = VmConfig { shares: vec![share("a"), share("b"), share("a")], ..config() };
+        assert_eq!(ValidConfig::new(twins).unwrap_err(), ConfigError::DuplicateTag("a".into()));
+        let many = VmConfig { shares: (0..25).map(|i| share(&i.to_string())).collect(), ..config() };
+        assert_eq!(ValidConfig::new(many).unwrap_err(), ConfigError::Shares(25));
+    }
+
+    #[test]
+    fn the_users_parameters_come_last() {
+        let config = ValidConfig::new(VmConfig { cmdline: "panic=5 quiet".into(), ..config() }).unwrap();
+        assert_eq!(config.command_line(), "console=ttyS0 panic=-1 panic=5 quiet");
+    }
+}

@@ -1,0 +1,187 @@
+//! Owns the devices, and connects them to KVM: doorbells (ioeventfd), windows (memory slots), interrupts.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, Weak};
+
+use devices::bus::{Bus, BusDevice};
+use devices::pci::{Bar, BarKind, BarMapper, PciBus};
+use devices::virtio::device::{DeviceMemory, HostMemory, VirtioDevice};
+use devices::virtio::pci::{VirtioPciDevice, VirtioPciError};
+use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
+use vm_memory::{GuestAddress, GuestAddressSpace};
+
+use crate::interrupts::Routes;
+use crate::layout::{self, Apertures};
+use crate::memory::{Slot, Slots, describe_region};
+
+/// The PCI devices of a VM.
+pub struct DeviceManager {
+    bus: Arc<PciBus>,
+    memory: DeviceMemory,
+    routes: Arc<Routes>,
+    apertures: Apertures,
+    next_device: u8,
+}
+
+impl DeviceManager {
+    /// No devices yet. `memory` is the guest's RAM; windows are added to it as the guest enables them.
+    pub fn new(
+        vm: Arc<VmFd>,
+        slots: Arc<Slots>,
+        mmio: &Arc<Bus>,
+        memory: DeviceMemory,
+        mmio_64: Range<u64>,
+    ) -> DeviceManager {
+        let mapper = KvmBarMapper {
+            vm: Arc::clone(&vm),
+            slots,
+            mmio: Arc::downgrade(mmio),
+            memory: memory.clone(),
+            mmio_64: mmio_64.clone(),
+            windows: Mutex::new(BTreeMap::new()),
+        };
+        DeviceManager {
+            bus: Arc::new(PciBus::new(Arc::new(mapper))),
+            memory,
+            routes: Routes::new(vm),
+            apertures: Apertures::new(mmio_64),
+            next_device: 1,
+        }
+    }
+
+    /// The PCI bus.
+    pub fn bus(&self) -> Arc<PciBus> {
+        Arc::clone(&self.bus)
+    }
+
+    /// Puts a virtio device on the bus.
+    ///
+    /// # Errors
+    /// See [`VirtioPciError`].
+    ///
+    /// # Panics
+    /// After 31 devices, which the configuration rules out.
+    pub fn add(&mut self, device: Box<dyn VirtioDevice>) -> Result<(), VirtioPciError> {
+        let routes = &self.routes;
+        let apertures = &mut self.apertures;
+        let function = VirtioPciDevice::new(
+            device,
+            self.memory.clone(),
+            |vectors| Ok(Arc::new(routes.vectors(vectors)?)),
+            |size, prefetchable| apertures.place(size, prefetchable),
+        )?;
+        self.bus.insert(self.next_device, Arc::new(Mutex::new(function)));
+        self.next_device += 1;
+        Ok(())
+    }
+}
+
+/// A window that the guest sees now. The slot goes before the memory it shows.
+struct MappedWindow {
+    _slot: Slot,
+    _memory: Arc<dyn HostMemory>,
+}
+
+/// Puts what is behind BARs where the guest wants it.
+struct KvmBarMapper {
+    vm: Arc<VmFd>,
+    slots: Arc<Slots>,
+    /// Weak, since the bus leads to the ECAM, that to the PCI bus, and that here.
+    mmio: Weak<Bus>,
+    memory: DeviceMemory,
+    mmio_64: Range<u64>,
+    windows: Mutex<BTreeMap<u64, MappedWindow>>,
+}
+
+impl KvmBarMapper {
+    /// BARs may only go where the bridge forwards: never over RAM, the local APIC, or the configuration space.
+    fn check(&self, bar: &Bar, address: u64) -> io::Result<()> {
+        let within = |range: &Range<u64>| {
+            address >= range.start && address.checked_add(bar.size).is_some_and(|end| end <= range.end)
+        };
+        if within(&layout::MMIO_32) || within(&self.mmio_64) {
+            return Ok(());
+        }
+        Err(io::Error::new(io::ErrorKind::AddrNotAvailable, "the bridge does not forward this address"))
+    }
+
+    fn map_window(&self, window: &Arc<dyn HostMemory>, address: u64) -> io::Result<()> {
+        let (host, size) = (window.host_address(), window.size());
+        let region = describe_region(host, size, address).map_err(io::Error::other)?;
+        // The lock spans the whole change, so that two BARs that move at once do not lose one another.
+        let mut windows = self.windows.lock().unwrap_or_else(|e| e.into_inner());
+        // Inserting the region first refuses an overlap with another window or RAM.
+        let memory = self.memory.memory().insert_region(Arc::new(region)).map_err(io::Error::other)?;
+        // SAFETY: `HostMemory` stays where it is as long as the object lives, and `windows` keeps it beside the slot.
+        let slot = unsafe { self.slots.map(host, size, address) }.map_err(io::Error::other)?;
+        self.replace_memory(memory);
+        windows.insert(address, MappedWindow { _slot: slot, _memory: Arc::clone(window) });
+        Ok(())
+    }
+
+    fn unmap_window(&self, window: &Arc<dyn HostMemory>, address: u64) {
+        let mut windows = self.windows.lock().unwrap_or_else(|e| e.into_inner());
+        match self.memory.memory().remove_region(GuestAddress(address), window.size()) {
+            Ok((memory, _)) => self.replace_memory(memory),
+            Err(error) => tracing::error!(%error, "A window was not part of the devices' memory"),
+        }
+        windows.remove(&address);
+    }
+
+    fn replace_memory(&self, memory: vm_memory::GuestMemoryMmap) {
+        self.memory.lock().unwrap_or_else(|e| e.into_inner()).replace(memory);
+    }
+
+    fn register_doorbells(
+        &self,
+        doorbells: &[(u64, Arc<vmm_sys_util::eventfd::EventFd>)],
+        address: u64,
+    ) -> io::Result<()> {
+        for (done, (offset, bell)) in doorbells.iter().enumerate() {
+            let at = IoEventAddress::Mmio(address + offset);
+            if let Err(error) = self.vm.register_ioevent(bell, &at, NoDatamatch) {
+                self.unregister_doorbells(&doorbells[..done], address);
+                return Err(error.into());
+            }
+        }
+        Ok(())
+    }
+
+    fn unregister_doorbells(&self, doorbells: &[(u64, Arc<vmm_sys_util::eventfd::EventFd>)], address: u64) {
+        for (offset, bell) in doorbells {
+            let at = IoEventAddress::Mmio(address + offset);
+            if let Err(error) = self.vm.unregister_ioevent(bell, &at, NoDatamatch) {
+                tracing::error!(%error, "Cannot remove a doorbell");
+            }
+        }
+    }
+}
+
+impl BarMapper for KvmBarMapper {
+    fn map(&self, bar: &Bar, address: u64, registers: Arc<dyn BusDevice>) -> io::Result<()> {
+        self.check(bar, address)?;
+        match &bar.kind {
+            BarKind::Memory(window) => self.map_window(window, address),
+            BarKind::Registers { doorbells } => {
+                let gone = || io::Error::new(io::ErrorKind::NotConnected, "the VM is ending");
+                let mmio = self.mmio.upgrade().ok_or_else(gone)?;
+                mmio.insert(address, bar.size, registers).map_err(io::Error::other)?;
+                self.register_doorbells(doorbells, address).inspect_err(|_| mmio.remove(address))
+            }
+        }
+    }
+
+    fn unmap(&self, bar: &Bar, address: u64) {
+        match &bar.kind {
+            BarKind::Memory(window) => self.unmap_window(window, address),
+            BarKind::Registers { doorbells } => {
+                self.unregister_doorbells(doorbells, address);
+                if let Some(mmio) = self.mmio.upgrade() {
+                    mmio.remove(address);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,114 @@
+//! What is known of a VM that has ended, for people and for programs (`--report FILE.json`).
+
+use std::fs;
+use std::io;
+use std::ops::Range;
+use std::path::Path;
+use std::time::Duration;
+
+use serde::Serialize;
+
+use crate::memory::GuestRam;
+use crate::outcome::ExitReason;
+
+/// The report of one VM.
+#[derive(Debug, Clone, Serialize)]
+pub struct Report {
+    /// Why it ended; authoritative, where exit statuses can collide.
+    #[serde(flatten)]
+    pub reason: ExitReason,
+    /// The exit status that says so.
+    pub status: u8,
+    /// Where the time went.
+    pub timing: Timing,
+    /// KiB of the VMM's own resident memory at the end: all but guest RAM and windows.
+    pub vmm_memory_kib: Option<u64>,
+    /// The shares.
+    pub shares: Vec<ShareReport>,
+}
+
+/// Where the time went, in milliseconds.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Timing {
+    /// From the start of the VMM to the first instruction of the guest.
+    pub vmm_ms: f64,
+    /// From the start of the VMM to the end of the guest.
+    pub total_ms: f64,
+}
+
+impl Timing {
+    pub(crate) fn new(vmm: Duration, total: Duration) -> Timing {
+        Timing { vmm_ms: vmm.as_secs_f64() * 1e3, total_ms: total.as_secs_f64() * 1e3 }
+    }
+}
+
+/// What a share did.
+#[derive(Debug, Clone, Serialize)]
+pub struct ShareReport {
+    /// Its tag.
+    pub tag: String,
+}
+
+impl Report {
+    pub(crate) fn new(
+        reason: ExitReason,
+        timing: Timing,
+        ram: &GuestRam,
+        shares: Vec<ShareReport>,
+    ) -> Report {
+        let status = reason.status();
+        let smaps = fs::read_to_string("/proc/self/smaps").ok();
+        let vmm_memory_kib = smaps.map(|smaps| own_memory(&smaps, &[ram.host_range()]));
+        Report { reason, status, timing, vmm_memory_kib, shares }
+    }
+
+    /// Writes the report as JSON.
+    ///
+    /// # Errors
+    /// The file cannot be written.
+    pub fn write(&self, path: &Path) -> io::Result<()> {
+        let mut text = serde_json::to_string_pretty(self)?;
+        text.push('\n');
+        fs::write(path, text)
+    }
+}
+
+/// Sums the resident KiB of all mappings of `smaps` (proc(5)) that are not inside one of the `guest`'s ranges.
+fn own_memory(smaps: &str, guest: &[Range<usize>]) -> u64 {
+    let mut own = true;
+    let mut sum = 0;
+    for line in smaps.lines() {
+        let mut words = line.split_ascii_whitespace();
+        let Some(first) = words.next() else { continue };
+        if let Some(start) =
+            first.split_once('-').and_then(|(start, _)| usize::from_str_radix(start, 16).ok())
+        {
+            own = !guest.iter().any(|range| range.contains(&start));
+        } else if first == "Rss:" && own {
+            sum += words.next().and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0);
+        }
+    }
+    sum
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_guests_memory_is_not_the_vmms() {
+        let smaps = "00400000-00500000 r-xp 00000000 fe:00 1 /daxvm\nSize: 1024 kB\nRss:  600 kB\nPss: 9 kB\n\
+                     7f0000000000-7f0020000000 rw-p 00000000 00:00 0\nRss:  400000 kB\n\
+                     7fff00000000-7fff00021000 rw-p 00000000 00:00 0 [stack]\nRss:  40 kB\n";
+        assert_eq!(own_memory(smaps, &[0x7f00_0000_0000..0x7f00_2000_0000]), 640);
+        assert_eq!(own_memory(smaps, &[]), 400_640);
+    }
+
+    #[test]
+    fn the_reason_is_spelled_out() {
+        let json = |reason: ExitReason| serde_json::to_value(reason).unwrap();
+        assert_eq!(json(ExitReason::PowerOff)["reason"], "power-off");
+        assert_eq!(json(ExitReason::Panic("why".into()))["message"], "why");
+        assert_eq!(json(ExitReason::Timeout)["reason"], "timeout");
+    }
+}

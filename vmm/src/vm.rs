@@ -1,0 +1,171 @@
+//! A virtual machine: owns everything that it is made of, runs it, ends it.
+
+use std::io;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use devices::legacy::{PowerEvent, SerialPort};
+use devices::pci::PciBus;
+use kvm_ioctls::VcpuFd;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::builder::BuildError;
+use crate::config::ValidConfig;
+use crate::console::ConsoleLog;
+use crate::event_loop::{self, Wakeups};
+use crate::exit::{Buses, Fatal};
+use crate::memory::{GuestRam, Slot};
+use crate::outcome::{ExitReason, Stop};
+use crate::report::{Report, ShareReport, Timing};
+use crate::vcpu::Vcpu;
+
+/// A machine that is ready to run.
+///
+/// Fields are dropped in their order: vCPUs first, then the devices with their threads, guest memory last.
+pub struct Vm {
+    vcpus: Vec<Vcpu>,
+    idle_vcpus: Vec<VcpuFd>,
+    pub(crate) parts: Parts,
+    ending: Ending,
+}
+
+/// What the builder makes.
+pub(crate) struct Parts {
+    pub buses: Buses,
+    pub pci: Arc<PciBus>,
+    pub serial: Arc<SerialPort>,
+    pub room_in_serial: EventFd,
+    pub panicked: EventFd,
+    pub console_log: Arc<Mutex<ConsoleLog>>,
+    pub shares: Vec<ShareReport>,
+    pub config: ValidConfig,
+    pub started: Instant,
+    /// Shows the guest its RAM; goes before it.
+    pub slots: Vec<Slot>,
+    pub ram: GuestRam,
+}
+
+/// Ends a VM, from any thread.
+#[derive(Clone)]
+pub struct Ending {
+    reason: Arc<Mutex<Option<ExitReason>>>,
+    wake: Arc<EventFd>,
+}
+
+impl Ending {
+    pub(crate) fn new() -> io::Result<Ending> {
+        Ok(Ending { reason: Arc::default(), wake: Arc::new(EventFd::new(EFD_NONBLOCK)?) })
+    }
+
+    /// Ends the VM for `reason`. Only the first reason counts.
+    pub fn end(&self, reason: ExitReason) {
+        self.reason.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert(reason);
+        // Non-blocking and the counter cannot overflow within the life of a VM.
+        let _ = self.wake.write(1);
+    }
+
+    /// Ends the VM on the caller's request.
+    pub fn stop(&self) {
+        self.end(ExitReason::Stopped(Stop::Request));
+    }
+
+    pub(crate) fn power_event(&self, event: PowerEvent) {
+        self.end(match event {
+            PowerEvent::Off => ExitReason::PowerOff,
+            PowerEvent::Reset => ExitReason::Reset,
+        });
+    }
+
+    pub(crate) fn fatal(&self, fatal: Fatal) {
+        self.end(ExitReason::Crash(match fatal {
+            Fatal::TripleFault => "triple fault".into(),
+            Fatal::Kvm(message) => message,
+        }));
+    }
+
+    pub(crate) fn wake(&self) -> &EventFd {
+        &self.wake
+    }
+
+    fn take(&self) -> Option<ExitReason> {
+        self.reason.lock().unwrap_or_else(|e| e.into_inner()).clone()
+    }
+}
+
+/// Where the guest's console input comes from.
+pub enum ConsoleInput {
+    /// Nowhere.
+    None,
+    /// This descriptor.
+    From(std::os::fd::OwnedFd),
+    /// A terminal in raw mode: as above, and the escape sequence ends the VM.
+    Terminal(std::os::fd::OwnedFd),
+}
+
+impl Vm {
+    pub(crate) fn new(parts: Parts, vcpus: Vec<VcpuFd>, ending: Ending) -> Vm {
+        Vm { vcpus: Vec::new(), idle_vcpus: vcpus, parts, ending }
+    }
+
+    /// Builds a VM from its configuration. See [`crate::builder`] for the steps.
+    ///
+    /// # Errors
+    /// See [`BuildError`].
+    pub fn build(config: ValidConfig, console: Box<dyn io::Write + Send>) -> Result<Vm, BuildError> {
+        crate::builder::build(config, console)
+    }
+
+    /// The means to end this VM from elsewhere.
+    pub fn ending(&self) -> Ending {
+        self.ending.clone()
+    }
+
+    /// The last lines of the guest's console.
+    pub fn console_tail(&self, lines: usize) -> String {
+        self.parts.console_log.lock().unwrap_or_else(|e| e.into_inner()).tail(lines)
+    }
+
+    /// Runs the guest to its end.
+    ///
+    /// # Errors
+    /// The system refuses a thread or an event descriptor.
+    pub fn run(&mut self, input: ConsoleInput) -> io::Result<Report> {
+        let vmm = self.parts.started.elapsed();
+        for (id, fd) in (0..).zip(self.idle_vcpus.drain(..)) {
+            let ending = self.ending.clone();
+            let vcpu = Vcpu::start(id, fd, self.parts.buses.clone(), move |fatal| ending.fatal(fatal))?;
+            self.vcpus.push(vcpu);
+        }
+        event_loop::run(Wakeups {
+            ending: &self.ending,
+            serial: Arc::clone(&self.parts.serial),
+            room_in_serial: self.parts.room_in_serial.try_clone()?,
+            panicked: self.parts.panicked.try_clone()?,
+            input,
+            timeout: self
+                .parts
+                .config
+                .timeout
+                .map(|limit| limit.saturating_sub(self.parts.started.elapsed())),
+        })?;
+        self.vcpus.clear();
+        let reason = self.ending.take().unwrap_or(ExitReason::Stopped(Stop::Request));
+        Ok(self.report(self.refine(reason), vmm))
+    }
+
+    /// A kernel that has panicked resets, hangs or crashes: what it said before counts.
+    fn refine(&self, reason: ExitReason) -> ExitReason {
+        let log = self.parts.console_log.lock().unwrap_or_else(|e| e.into_inner());
+        match (log.panic(), &reason) {
+            (Some(panic), ExitReason::Reset | ExitReason::Crash(_) | ExitReason::Timeout) => {
+                ExitReason::Panic(panic.to_owned())
+            }
+            _ => reason,
+        }
+    }
+
+    fn report(&self, reason: ExitReason, vmm: Duration) -> Report {
+        let timing = Timing::new(vmm, self.parts.started.elapsed());
+        Report::new(reason, timing, &self.parts.ram, self.parts.shares.clone())
+    }
+}
