@@ -16,7 +16,8 @@ use super::Server;
 use super::init::MAX_WRITE;
 use super::message::{Reply, Request, errno};
 use super::names::NO_NAME;
-use crate::virtio::fs::abi::{ATTR_DAX, FOPEN_KEEP_CACHE, FOPEN_NOFLUSH};
+use crate::virtio::fs::abi::{FOPEN_KEEP_CACHE, FOPEN_NOFLUSH};
+use crate::virtio::fs::per_file_dax::ClientDax;
 
 /// The most bytes that one COPY_FILE_RANGE copies, so that it does not hold the queue up for long.
 const COPY_MAX: u64 = 1 << 30;
@@ -53,7 +54,8 @@ impl Server {
         let (context, nodeid) = (self.context(request), request.header.nodeid);
         let host_flags = host_flags(flags) | flags & libc::O_TRUNC as u32;
         let (handle, _, _) = self.fs.open(&context, nodeid, host_flags, fuse_flags)?;
-        let is_dax = self.fs.getattr(&context, nodeid, handle).is_ok_and(|(stat, _)| self.dax.is_dax(&stat));
+        let is_dax = self.dax.client() != ClientDax::Off
+            && self.fs.getattr(&context, nodeid, handle).is_ok_and(|(stat, _)| self.dax.is_dax(&stat));
         reply.object(&open_out(handle, flags, is_dax))
     }
 
@@ -69,7 +71,6 @@ impl Server {
             self.fs.create(&self.context(request), request.header.nodeid, name, ask)?;
         let is_dax = self.dax.is_dax(&entry.attr);
         let entry = self.dax.entry_out(entry);
-        debug_assert!(is_dax || entry.attr.flags & ATTR_DAX == 0);
         reply.send(&[entry.as_slice(), open_out(handle, flags, is_dax).as_slice()])
     }
 

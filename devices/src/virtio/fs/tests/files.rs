@@ -3,7 +3,7 @@
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 
-use fuse_backend_rs::abi::fuse_abi::{CopyFileRangeIn, GetxattrIn, SetattrIn};
+use fuse_backend_rs::abi::fuse_abi::{CopyFileRangeIn, GetxattrIn, SetattrIn, WRITE_KILL_PRIV, WriteIn};
 use vm_memory::ByteValued;
 
 use crate::virtio::fs::abi::opcode;
@@ -53,7 +53,7 @@ fn appending_goes_to_the_end() {
     let file = guest.lookup(ROOT, "log").unwrap().nodeid;
     let open = guest.open(file, libc::O_WRONLY | libc::O_APPEND).unwrap();
     let flags = (libc::O_WRONLY | libc::O_APPEND) as u32;
-    let ask = fuse_backend_rs::abi::fuse_abi::WriteIn { fh: open.fh, size: 3, flags, ..Default::default() };
+    let ask = WriteIn { fh: open.fh, size: 3, flags, ..Default::default() };
     guest.call(opcode::WRITE, file, &[ask.as_slice(), b"two"]).unwrap();
     assert_eq!(std::fs::read(guest.path("log")).unwrap(), b"one two");
 }
@@ -186,6 +186,17 @@ fn allocating_takes_the_set_id_bits() {
     let (entry, open) = guest.create(ROOT, "file", libc::O_RDWR).unwrap();
     std::fs::set_permissions(guest.path("file"), PermissionsExt::from_mode(0o6755)).unwrap();
     guest.fallocate(entry.nodeid, open.fh, 4096).unwrap();
+    assert_eq!(guest.path("file").metadata().unwrap().mode() & 0o7777, 0o755);
+}
+
+#[test]
+fn writing_takes_the_set_id_bits_when_the_client_says_so() {
+    let mut guest = FakeGuest::mounted(Policy::Always);
+    let (entry, open) = guest.create(ROOT, "file", libc::O_RDWR).unwrap();
+    std::fs::set_permissions(guest.path("file"), PermissionsExt::from_mode(0o6755)).unwrap();
+    let (flags, fuse_flags) = (libc::O_RDWR as u32, WRITE_KILL_PRIV);
+    let ask = WriteIn { fh: open.fh, size: 1, flags, fuse_flags, ..Default::default() };
+    guest.call(opcode::WRITE, entry.nodeid, &[ask.as_slice(), b"x"]).unwrap();
     assert_eq!(guest.path("file").metadata().unwrap().mode() & 0o7777, 0o755);
 }
 

@@ -2,10 +2,17 @@
 
 use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
+use std::sync::{Arc, Barrier};
 
+use fuse_backend_rs::abi::fuse_abi::ReadIn;
 use fuse_backend_rs::abi::virtio_fs::SetupmappingIn;
-use vm_memory::ByteValued;
+use virtio_queue::desc::RawDescriptor;
+use virtio_queue::desc::split::Descriptor;
+use virtio_queue::mock::MockSplitQueue;
+use vm_memory::mmap::MmapRegion;
+use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
+use crate::virtio::device::VirtioDevice;
 use crate::virtio::fs::abi::{init, opcode};
 use crate::virtio::fs::policy::Policy;
 use crate::virtio::fs::testing::{FakeGuest, PER_FILE, READ, ROOT, WRITE, descriptors_into};
@@ -222,14 +229,55 @@ fn bad_requests_to_remove_are_refused() {
     assert_eq!(guest.counters().window.unwrap().remove_mappings, 1);
 }
 
+/// Guest memory that the window is a part of, at [`WINDOW`].
+fn memory_with_window(guest: &FakeGuest) -> GuestMemoryMmap {
+    let window = guest.device.shared_memory().unwrap().memory;
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
+    // SAFETY: the window has this address and size, and `guest` outlives the memory in each test.
+    let region = unsafe {
+        MmapRegion::build_raw(window.host_address(), window.size() as usize, protection, flags).unwrap()
+    };
+    let region = Arc::new(GuestRegionMmap::new(region, GuestAddress(WINDOW)).unwrap());
+    guest.memory.insert_region(region).unwrap()
+}
+
+const WINDOW: u64 = 1 << 32;
+
+#[test]
+fn descriptors_may_point_into_the_window() {
+    let (mut guest, file) = guest_with_file(Policy::Always, 2);
+    guest.setupmapping(file, CHUNK_SIZE, 3 * CHUNK_SIZE, READ | WRITE).unwrap();
+    let (entry, open) = guest.create(ROOT, "source", libc::O_RDWR).unwrap();
+    guest.write(entry.nodeid, open.fh, 0, &[b's'; 4096]).unwrap();
+    let memory = memory_with_window(&guest);
+
+    // From one file into a chunk of another.
+    let mut read_into = |address, unmapped: bool| {
+        let ask = ReadIn { fh: open.fh, size: 4096, flags: libc::O_RDWR as u32, ..Default::default() };
+        let message = guest.message(opcode::READ, entry.nodeid, &[ask.as_slice()]);
+        memory.write_slice(&message, GuestAddress(0x10_0000)).unwrap();
+        let descriptors = [
+            Descriptor::new(0x10_0000, message.len() as u32, 0, 0),
+            Descriptor::new(0x20_0000, 16, 2, 0),
+            Descriptor::new(address, 4096, 2, 0),
+        ];
+        let queue = MockSplitQueue::new(&memory, 16);
+        let chain = queue.build_desc_chain(&descriptors.map(RawDescriptor::from)).unwrap();
+        assert_eq!(
+            guest.device.server.handle(&memory, chain).unwrap(),
+            if unmapped { 16 } else { 16 + 4096 }
+        );
+        memory.read_obj::<i32>(GuestAddress(0x20_0004)).unwrap()
+    };
+    assert_eq!(read_into(WINDOW + 3 * CHUNK_SIZE + 8192, false), 0);
+    // A hole cannot be written, and it is an error and not the end.
+    assert_eq!(read_into(WINDOW, true), -libc::EFAULT);
+    assert_eq!(&std::fs::read(guest.path("f")).unwrap()[CHUNK_SIZE as usize + 8192..][..4096], [b's'; 4096]);
+}
+
 #[test]
 fn queues_map_at_the_same_time() {
-    use std::sync::Barrier;
-    use virtio_queue::desc::RawDescriptor;
-    use virtio_queue::desc::split::Descriptor;
-    use virtio_queue::mock::MockSplitQueue;
-    use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
-
     let (mut guest, file) = guest_with_file(Policy::Always, 4);
     let messages: Vec<_> = (0..4u64)
         .map(|queue| {

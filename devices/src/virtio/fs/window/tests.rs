@@ -128,6 +128,21 @@ fn a_failed_map_leaves_what_was_there() {
     assert_eq!(window.counters(), WindowCounters { failed_setup_mappings: 2, ..before });
 }
 
+/// Older kernels have removed the old mapping when a new one fails late.
+#[test]
+fn a_gap_left_by_a_failed_map_is_closed() {
+    let window = DaxWindow::new(SIZE).unwrap();
+    let file = file(2, 2);
+    let directory = File::open("/").unwrap();
+    window.map(0, 0, 2 * CHUNK_SIZE, false, file.as_fd()).unwrap();
+    // SAFETY: the range lies in the window, and no reference into it exists.
+    assert_eq!(unsafe { libc::munmap(window.host_address().cast(), CHUNK) }, 0);
+    window.map(0, 0, CHUNK_SIZE, false, directory.as_fd()).unwrap_err();
+    assert_eq!(permissions(window.host_address()), "r--p");
+    assert_eq!((peek(&window, 0), peek(&window, CHUNK_SIZE)), ([0, 0], [2, 2]));
+    assert_eq!(window.counters().mapped_chunks, 1);
+}
+
 #[test]
 fn unmapped_chunks_read_zeros_and_others_stay() {
     let window = DaxWindow::new(SIZE).unwrap();
