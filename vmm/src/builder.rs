@@ -7,7 +7,10 @@ use std::time::Instant;
 use devices::bus::BusError;
 use devices::legacy::{AcpiSleep, KeyboardController, PowerEvent, SerialPort};
 use devices::pci::{ConfigPorts, Ecam};
-use devices::virtio::device::DeviceMemory;
+use devices::virtio::device::{DeviceMemory, VirtioDevice};
+use devices::virtio::fs::policy::Policy;
+use devices::virtio::fs::window::default_window_size;
+use devices::virtio::fs::{FileSystemConfig, FileSystemDevice, FileSystemError};
 use devices::virtio::pci::VirtioPciError;
 use kvm_bindings::CpuId;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
@@ -17,13 +20,14 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::arch::x86_64::entry::{self, EntryError, EntryPoint};
 use crate::arch::x86_64::{acpi, cpuid};
 use crate::boot::{self, Boot, BootError};
-use crate::config::ValidConfig;
+use crate::config::{DaxConfig, ShareConfig, ValidConfig};
 use crate::console::{ConsoleLog, ConsoleOutput};
 use crate::device_manager::DeviceManager;
 use crate::exit::Buses;
 use crate::interrupts::Line;
 use crate::layout::{self, irq, ports};
 use crate::memory::{GuestRam, MemoryError, Slot, Slots};
+use crate::report::ShareCounters;
 use crate::vm::{Ending, Parts, Vm};
 
 /// Why a VM could not be built. The message names what to do where the user can do something.
@@ -50,6 +54,15 @@ pub enum BuildError {
     /// The initial state of a vCPU.
     #[error(transparent)]
     Entry(#[from] EntryError),
+    /// A shared directory.
+    #[error("Share `{tag}`")]
+    Share {
+        /// Its tag.
+        tag: String,
+        /// Why not.
+        #[source]
+        source: FileSystemError,
+    },
     /// A device behind the virtio transport.
     #[error(transparent)]
     Virtio(#[from] VirtioPciError),
@@ -83,7 +96,7 @@ pub(crate) fn build(config: ValidConfig, console: Box<dyn io::Write + Send>) -> 
     let console = ConsoleParts::new(&vm, console).map_err(BuildError::EventFd)?;
     add_legacy_devices(&buses, &console, &ending)?;
     let devices_memory = DeviceMemory::new(memory.clone());
-    let manager = DeviceManager::new(
+    let mut manager = DeviceManager::new(
         Arc::clone(&vm),
         Arc::clone(&slots),
         &buses.memory,
@@ -97,21 +110,25 @@ pub(crate) fn build(config: ValidConfig, console: Box<dyn io::Write + Send>) -> 
     )?;
     buses.memory.insert(layout::ECAM, Ecam::SIZE, Arc::new(Ecam(manager.bus())))?;
 
+    let shares = config
+        .shares
+        .iter()
+        .map(|share| add_share(&mut manager, share, &config))
+        .collect::<Result<_, _>>()?;
+
     let rsdp = acpi::write_tables(&memory, config.cpus, &mmio_64).map_err(BuildError::Acpi)?;
     let entry = load_guest(&config, &memory, rsdp)?;
     let vcpus = create_vcpus(&vm, &cpuid, config.cpus, &memory, entry)?;
-    let slots = map_ram(&slots, &ram)?;
     let parts = Parts {
         buses,
-        pci: manager.bus(),
         serial: console.serial,
         room_in_serial: console.room,
         panicked: console.panicked,
         console_log: console.log,
-        shares: Vec::new(),
+        shares,
         config,
         started,
-        slots,
+        _slots: map_ram(&slots, &ram)?,
         ram,
     };
     Ok(Vm::new(parts, vcpus, ending))
@@ -173,6 +190,40 @@ fn add_legacy_devices(buses: &Buses, console: &ConsoleParts, ending: &Ending) ->
 
 const KEYBOARD_PORTS: u64 = KeyboardController::<fn(PowerEvent)>::SIZE;
 const ACPI_SLEEP_PORTS: u64 = AcpiSleep::<fn(PowerEvent)>::SIZE;
+
+/// Request queues of a share: one a vCPU, so that none waits for another's request, up to what a host can serve.
+const MAX_REQUEST_QUEUES: u8 = 8;
+
+fn add_share(
+    manager: &mut DeviceManager,
+    share: &ShareConfig,
+    config: &ValidConfig,
+) -> Result<ShareCounters, BuildError> {
+    let policy = match share.dax {
+        DaxConfig::Never => Policy::Never,
+        DaxConfig::Always => Policy::Always,
+    };
+    // A window that no file could use would only cost the guest memory.
+    let default_window = || if policy == Policy::Never { 0 } else { default_window_size(config.memory) };
+    let device = FileSystemDevice::new(FileSystemConfig {
+        tag: share.tag.clone(),
+        path: share.path.clone(),
+        read_only: share.read_only,
+        window_size: share.window.unwrap_or_else(default_window),
+        policy,
+        request_queues: config.cpus.min(MAX_REQUEST_QUEUES).into(),
+    })
+    .map_err(|source| BuildError::Share { tag: share.tag.clone(), source })?;
+    let counters = ShareCounters {
+        counters: device.counters(),
+        window: device.shared_memory().map(|shared| {
+            let start = shared.memory.host_address() as usize;
+            start..start + shared.memory.size() as usize
+        }),
+    };
+    manager.add(Box::new(device))?;
+    Ok(counters)
+}
 
 fn load_guest(config: &ValidConfig, memory: &GuestMemoryMmap, rsdp: u64) -> Result<EntryPoint, BuildError> {
     let command_line = config.command_line();

@@ -26,5 +26,7 @@ pub use builder::BuildError;
 pub use config::{ConfigError, DaxConfig, ShareConfig, ValidConfig, VmConfig};
 pub use memory::MemoryError;
 pub use outcome::{ExitReason, Stop};
-pub use report::{Report, ShareReport, Timing};
+pub use report::{Report, Timing};
+
+pub use devices::virtio::fs::FileSystemCounters;
 pub use vm::{ConsoleInput, Ending, Vm};

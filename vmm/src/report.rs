@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::path::Path;
 use std::time::Duration;
 
+use devices::virtio::fs::{CountersHandle, FileSystemCounters};
 use serde::Serialize;
 
 use crate::memory::GuestRam;
@@ -24,7 +25,7 @@ pub struct Report {
     /// KiB of the VMM's own resident memory at the end: all but guest RAM and windows.
     pub vmm_memory_kib: Option<u64>,
     /// The shares.
-    pub shares: Vec<ShareReport>,
+    pub shares: Vec<FileSystemCounters>,
 }
 
 /// Where the time went, in milliseconds.
@@ -42,11 +43,10 @@ impl Timing {
     }
 }
 
-/// What a share did.
-#[derive(Debug, Clone, Serialize)]
-pub struct ShareReport {
-    /// Its tag.
-    pub tag: String,
+/// Where a share's counters are, and its window in the process's address space.
+pub(crate) struct ShareCounters {
+    pub counters: CountersHandle,
+    pub window: Option<Range<usize>>,
 }
 
 impl Report {
@@ -54,11 +54,14 @@ impl Report {
         reason: ExitReason,
         timing: Timing,
         ram: &GuestRam,
-        shares: Vec<ShareReport>,
+        shares: &[ShareCounters],
     ) -> Report {
         let status = reason.status();
+        let windows = shares.iter().filter_map(|share| share.window.clone());
+        let guest: Vec<_> = windows.chain([ram.host_range()]).collect();
         let smaps = fs::read_to_string("/proc/self/smaps").ok();
-        let vmm_memory_kib = smaps.map(|smaps| own_memory(&smaps, &[ram.host_range()]));
+        let vmm_memory_kib = smaps.map(|smaps| own_memory(&smaps, &guest));
+        let shares = shares.iter().map(|share| share.counters.snapshot()).collect();
         Report { reason, status, timing, vmm_memory_kib, shares }
     }
 

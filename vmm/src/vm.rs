@@ -5,7 +5,6 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use devices::legacy::{PowerEvent, SerialPort};
-use devices::pci::PciBus;
 use kvm_ioctls::VcpuFd;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -16,7 +15,7 @@ use crate::event_loop::{self, Wakeups};
 use crate::exit::{Buses, Fatal};
 use crate::memory::{GuestRam, Slot};
 use crate::outcome::{ExitReason, Stop};
-use crate::report::{Report, ShareReport, Timing};
+use crate::report::{Report, ShareCounters, Timing};
 use crate::vcpu::Vcpu;
 
 /// A machine that is ready to run.
@@ -31,17 +30,17 @@ pub struct Vm {
 
 /// What the builder makes.
 pub(crate) struct Parts {
+    /// Leads to all devices, and so owns them.
     pub buses: Buses,
-    pub pci: Arc<PciBus>,
     pub serial: Arc<SerialPort>,
     pub room_in_serial: EventFd,
     pub panicked: EventFd,
     pub console_log: Arc<Mutex<ConsoleLog>>,
-    pub shares: Vec<ShareReport>,
+    pub shares: Vec<ShareCounters>,
     pub config: ValidConfig,
     pub started: Instant,
     /// Shows the guest its RAM; goes before it.
-    pub slots: Vec<Slot>,
+    pub _slots: Vec<Slot>,
     pub ram: GuestRam,
 }
 
@@ -166,6 +165,6 @@ impl Vm {
 
     fn report(&self, reason: ExitReason, vmm: Duration) -> Report {
         let timing = Timing::new(vmm, self.parts.started.elapsed());
-        Report::new(reason, timing, &self.parts.ram, self.parts.shares.clone())
+        Report::new(reason, timing, &self.parts.ram, &self.parts.shares)
     }
 }

@@ -4,6 +4,7 @@
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
@@ -32,6 +33,8 @@ pub struct ChainError(pub String);
 
 /// The thread that serves one queue, until it is stopped or dropped.
 pub struct QueueWorker {
+    /// Looked at between requests: a driver that never lets the ring run empty cannot delay the end.
+    stop: Arc<AtomicBool>,
     kill: EventFd,
     thread: Option<JoinHandle<()>>,
 }
@@ -49,7 +52,8 @@ impl QueueWorker {
         handler: impl ChainHandler,
     ) -> io::Result<QueueWorker> {
         let kill = EventFd::new(EFD_NONBLOCK)?;
-        let worker = Worker { kill: kill.try_clone()?, memory, handler, queue };
+        let stop = Arc::new(AtomicBool::new(false));
+        let worker = Worker { stop: Arc::clone(&stop), kill: kill.try_clone()?, memory, handler, queue };
         let thread_name = name.to_owned();
         let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
             if let Err(error) = worker.run() {
@@ -57,7 +61,7 @@ impl QueueWorker {
                 needs_reset();
             }
         })?;
-        Ok(QueueWorker { kill, thread: Some(thread) })
+        Ok(QueueWorker { stop, kill, thread: Some(thread) })
     }
 
     /// Ends the thread and waits for it: afterwards it touches no guest memory and raises no interrupt.
@@ -66,6 +70,7 @@ impl QueueWorker {
 
 impl Drop for QueueWorker {
     fn drop(&mut self) {
+        self.stop.store(true, Ordering::Release);
         // The counter of an event descriptor that nobody else writes cannot overflow, so the write cannot fail.
         let _ = self.kill.write(1);
         if let Some(thread) = self.thread.take() {
@@ -75,6 +80,7 @@ impl Drop for QueueWorker {
 }
 
 struct Worker<H> {
+    stop: Arc<AtomicBool>,
     kill: EventFd,
     memory: DeviceMemory,
     queue: ActiveQueue,
@@ -90,8 +96,9 @@ impl<H: ChainHandler> Worker<H> {
                 let snapshot = self.memory.memory();
                 let memory: &GuestMemoryMmap = &snapshot;
                 self.queue.queue.disable_notification(memory).map_err(ring_error)?;
-                serve(&mut self.queue, memory, &mut self.handler)?;
-                if !self.queue.queue.enable_notification(memory).map_err(ring_error)? {
+                serve(&mut self.queue, memory, &mut self.handler, &self.stop)?;
+                let more = self.queue.queue.enable_notification(memory).map_err(ring_error)?;
+                if !more || self.stop.load(Ordering::Acquire) {
                     break;
                 }
             }
@@ -132,8 +139,11 @@ fn serve(
     active: &mut ActiveQueue,
     memory: &GuestMemoryMmap,
     handler: &mut impl ChainHandler,
+    stop: &AtomicBool,
 ) -> Result<(), ChainError> {
-    while let Some(chain) = next_chain(&mut active.queue, memory)? {
+    while !stop.load(Ordering::Acquire)
+        && let Some(chain) = next_chain(&mut active.queue, memory)?
+    {
         let head = chain.head_index();
         let written = handler.handle(memory, chain)?;
         let ring_error = |error: virtio_queue::Error| ChainError(format!("Bad used ring: {error}"));

@@ -65,7 +65,9 @@ pub(crate) fn chain(error: &dyn Error) -> String {
 
 fn init_logging() {
     use tracing_subscriber::EnvFilter;
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn"));
+    // fuse-backend-rs logs errors that a guest can cause at will; the device reports what matters of them.
+    let default = || EnvFilter::new("warn,fuse_backend_rs=off");
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| default());
     // The first subscriber of the process; a second one is only possible where the library is embedded.
     let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
 }
