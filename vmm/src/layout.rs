@@ -142,7 +142,7 @@ mod tests {
         let mut last_end = mmio.start;
         for size in [32 << 20, 1 << 30, 64 << 20, 256 << 30, 2 << 20] {
             let address = apertures.place(size, true).unwrap();
-            assert!(address % size == 0 && address >= last_end && address + size <= mmio.end);
+            assert!(address.is_multiple_of(size) && address >= last_end && address + size <= mmio.end);
             last_end = address + size;
         }
         assert_eq!(apertures.place(1 << 40, true), None, "beyond what the CPU can address");

@@ -199,7 +199,7 @@ mod tests {
         let ram = GuestRam::new(layout::HOLE.start + (64 << 20)).unwrap();
         let ranges: Vec<_> = ram.ranges().collect();
         assert_eq!(ranges.len(), 2);
-        assert!(ranges.iter().all(|(_, host)| *host as u64 % HUGE_PAGE == 0));
+        assert!(ranges.iter().all(|(_, host)| (*host as u64).is_multiple_of(HUGE_PAGE)));
         let memory = ram.describe().unwrap();
         assert_eq!(memory.last_addr().0, layout::HOLE.end + (64 << 20) - 1);
         let address = GuestAddress(layout::HOLE.end + 8);

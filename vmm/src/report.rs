@@ -103,7 +103,9 @@ mod tests {
         let smaps = "00400000-00500000 r-xp 00000000 fe:00 1 /daxvm\nSize: 1024 kB\nRss:  600 kB\nPss: 9 kB\n\
                      7f0000000000-7f0020000000 rw-p 00000000 00:00 0\nRss:  400000 kB\n\
                      7fff00000000-7fff00021000 rw-p 00000000 00:00 0 [stack]\nRss:  40 kB\n";
-        assert_eq!(own_memory(smaps, &[0x7f00_0000_0000..0x7f00_2000_0000]), 640);
+        let ram = 0x7f00_0000_0000..0x7f00_2000_0000;
+        let window = 0x7e00_0000_0000..0x7e00_0020_0000;
+        assert_eq!(own_memory(smaps, &[ram, window]), 640);
         assert_eq!(own_memory(smaps, &[]), 400_640);
     }
 
