@@ -1,1 +1,3 @@
 //! The lab, the guest's agent and what guest tests are written with.
+
+pub mod lab;

@@ -13,6 +13,7 @@ pub mod console;
 mod device_manager;
 mod event_loop;
 mod exit;
+pub mod initramfs;
 mod interrupts;
 mod layout;
 mod memory;
