@@ -10,6 +10,7 @@ use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetat
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGWINCH};
 use signal_hook::iterator::Signals;
 
+use super::direct::hardware_kvm;
 use super::paths::Paths;
 use super::protocol::Job;
 use super::session::Sender;
@@ -120,7 +121,8 @@ fn run(action: Action) -> Result<ExitCode, LabError> {
 
 fn describe(lab: &Lab) {
     let host = match lab.mode() {
-        Mode::Direct => "this machine, with hardware KVM",
+        Mode::Direct if hardware_kvm() => "this machine, with hardware KVM",
+        Mode::Direct => "this machine, which has no hardware KVM",
         Mode::Qemu => "a Linux under QEMU, with emulated SVM",
     };
     println!("up: {host}; kernel {}", lab.kernel());
@@ -223,5 +225,5 @@ fn terminal_size() -> (u16, u16) {
 }
 
 fn set_terminal(state: &Termios) -> io::Result<()> {
-    Ok(tcsetattr(rustix::stdio::stdin(), OptionalActions::Flush, state)?)
+    Ok(tcsetattr(rustix::stdio::stdin(), OptionalActions::Now, state)?)
 }
