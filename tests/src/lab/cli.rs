@@ -10,6 +10,7 @@ use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetat
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGWINCH};
 use signal_hook::iterator::Signals;
 
+use super::direct::hardware_kvm;
 use super::paths::Paths;
 use super::protocol::Job;
 use super::session::Sender;
@@ -120,7 +121,8 @@ fn run(action: Action) -> Result<ExitCode, LabError> {
 
 fn describe(lab: &Lab) {
     let host = match lab.mode() {
-        Mode::Direct => "this machine, with hardware KVM",
+        Mode::Direct if hardware_kvm() => "this machine, with hardware KVM",
+        Mode::Direct => "this machine, which has no hardware KVM",
         Mode::Qemu => "a Linux under QEMU, with emulated SVM",
     };
     println!("up: {host}; kernel {}", lab.kernel());
@@ -140,7 +142,7 @@ fn exec(argv: Vec<OsString>, timeout: Option<Duration>) -> Result<ExitCode, LabE
     let deadline = timeout.map(|timeout| Instant::now() + timeout);
     let mut job = Command::new("").job()?;
     job.argv = argv;
-    attend(&lab, &job, deadline).inspect_err(|error| {
+    attend(&lab, &job, deadline, None).inspect_err(|error| {
         if matches!(error, LabError::TimedOut) && lab.mode() == Mode::Qemu {
             eprintln!("lab: the console of the host is in {}", lab.console().display());
         }
@@ -152,34 +154,52 @@ fn shell() -> Result<ExitCode, LabError> {
     let shell = std::env::var_os("SHELL").unwrap_or_else(|| "/bin/sh".into());
     let mut job = Command::new(shell).env("PS1", "lab:\\w\\$ ").job()?;
     if !io::stdin().is_terminal() {
-        return attend(&lab, &job, None);
+        return attend(&lab, &job, None, None);
     }
     job.terminal = Some(terminal_size());
-    let raw = RawTerminal::enter().map_err(|error| LabError::system("set the terminal up", error))?;
-    let result = attend(&lab, &job, None);
-    drop(raw);
+    let before = tcgetattr(rustix::stdio::stdin());
+    let restore = before.map_err(|error| LabError::system("read the terminal's state", error.into()))?;
+    let mut raw = restore.clone();
+    raw.make_raw();
+    set_terminal(&raw).map_err(|error| LabError::system("set the terminal up", error))?;
+    let result = attend(&lab, &job, None, Some(restore.clone()));
+    // The terminal may be gone, and with it its state.
+    let _ = set_terminal(&restore);
     result
 }
 
-/// Runs a job with this process's own standard streams.
-fn attend(lab: &Lab, job: &Job, deadline: Option<Instant>) -> Result<ExitCode, LabError> {
+/// Runs a job with this process's own standard streams; a signal that ends this process restores the terminal first.
+fn attend(
+    lab: &Lab,
+    job: &Job,
+    deadline: Option<Instant>,
+    restore: Option<Termios>,
+) -> Result<ExitCode, LabError> {
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGWINCH])
         .map_err(|error| LabError::system("receive signals", error))?;
     let session = lab.start(job)?;
     session.feed(io::stdin());
     let sender = session.sender();
-    std::thread::spawn(move || pass_signals(&mut signals, &sender));
+    std::thread::spawn(move || pass_signals(&mut signals, &sender, restore));
     match session.wait(io::stdout(), io::stderr(), deadline) {
         Ok(status) => Ok(ExitCode::from(u8::try_from(status).unwrap_or(LAB_FAILED))),
         // As if the command itself had written to the closed pipe.
-        Err(LabError::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => Ok(ExitCode::from(128 + 13)),
+        Err(LabError::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => {
+            Ok(ExitCode::from(128 + 13))
+        }
         Err(error) => Err(error),
     }
 }
 
 /// Passes signals on to the job. One that does not end of it within the grace period, or is told twice, is left to be
 /// killed: the end of this process is the end of its job.
-fn pass_signals(signals: &mut Signals, sender: &Sender) {
+fn pass_signals(signals: &mut Signals, sender: &Sender, restore: Option<Termios>) {
+    let give_up = move |signal: i32| {
+        if let Some(state) = &restore {
+            let _ = set_terminal(state);
+        }
+        std::process::exit(128 + signal);
+    };
     let mut told = false;
     for signal in signals.forever() {
         if signal == SIGWINCH {
@@ -189,12 +209,13 @@ fn pass_signals(signals: &mut Signals, sender: &Sender) {
         }
         let number = u8::try_from(signal).unwrap_or(0);
         if told || sender.signal(number).is_err() {
-            std::process::exit(128 + signal);
+            give_up(signal);
         }
         told = true;
+        let give_up = give_up.clone();
         std::thread::spawn(move || {
             std::thread::sleep(GRACE);
-            std::process::exit(128 + signal);
+            give_up(signal);
         });
     }
 }
@@ -203,21 +224,6 @@ fn terminal_size() -> (u16, u16) {
     tcgetwinsize(rustix::stdio::stdin()).map_or((24, 80), |size| (size.ws_row, size.ws_col))
 }
 
-/// The caller's terminal in raw mode, until it is dropped.
-struct RawTerminal(Termios);
-
-impl RawTerminal {
-    fn enter() -> io::Result<Self> {
-        let before = tcgetattr(rustix::stdio::stdin())?;
-        let mut raw = before.clone();
-        raw.make_raw();
-        tcsetattr(rustix::stdio::stdin(), OptionalActions::Flush, &raw)?;
-        Ok(Self(before))
-    }
-}
-
-impl Drop for RawTerminal {
-    fn drop(&mut self) {
-        let _ = tcsetattr(rustix::stdio::stdin(), OptionalActions::Flush, &self.0);
-    }
+fn set_terminal(state: &Termios) -> io::Result<()> {
+    Ok(tcsetattr(rustix::stdio::stdin(), OptionalActions::Now, state)?)
 }

@@ -83,12 +83,12 @@ fn greet(ports: &[UnixStream]) -> Result<Host, LabError> {
     let mut host = None;
     for port in ports {
         port.set_read_timeout(Some(BOOT_LIMIT)).map_err(LabError::Connection)?;
-        let hello = Frame::read(port).and_then(|frame| frame.parse::<Host>()).map_err(|error| {
-            match error.kind() {
-                io::ErrorKind::WouldBlock => LabError::BootTimedOut(BOOT_LIMIT),
-                io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => LabError::HostEnded,
-                _ => LabError::Connection(error),
-            }
+        let hello = Frame::read(port).and_then(|frame| frame.parse::<Host>()).map_err(|error| match error
+            .kind()
+        {
+            io::ErrorKind::WouldBlock => LabError::BootTimedOut(BOOT_LIMIT),
+            io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => LabError::HostEnded,
+            _ => LabError::Connection(error),
         })?;
         port.set_read_timeout(None).map_err(LabError::Connection)?;
         host.get_or_insert(hello);

@@ -70,6 +70,7 @@ fn set_up() -> Result<(), InitError> {
     at("Could not make /root", fs::create_dir_all("/root"))?;
     // Nothing is cached: files change on the machine while they are read here. Large messages make up for it.
     mount_at("root", "/root", "9p", "trans=virtio,version=9p2000.L,access=any,cache=none,msize=512000")?;
+    read_ahead()?;
     enter_root()?;
     reached("the machine's files mounted");
     own_file_systems()?;
@@ -104,6 +105,17 @@ fn load_modules() -> Result<(), InitError> {
     Ok(())
 }
 
+/// Without a cache the kernel reads a mapped file, and so a program, page by page, each with a message. What is read ahead
+/// is still dropped whenever a file is mapped anew.
+fn read_ahead() -> Result<(), InitError> {
+    for entry in at("Could not list /sys/class/bdi", fs::read_dir("/sys/class/bdi"))?.flatten() {
+        if entry.file_name().to_string_lossy().starts_with("9p") {
+            at("Could not set the read-ahead", fs::write(entry.path().join("read_ahead_kb"), "512"))?;
+        }
+    }
+    Ok(())
+}
+
 /// Makes the machine's files the root, as switch_root does: jobs are not in a chroot, so they may make namespaces.
 fn enter_root() -> Result<(), InitError> {
     for dir in ["dev", "proc", "sys"] {
@@ -130,8 +142,7 @@ fn own_file_systems() -> Result<(), InitError> {
     for dir in ["/run/lock", "/run/user"] {
         at("Could not make the directories of /run", fs::create_dir_all(dir))?;
     }
-    for (link, target) in
-        [("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")]
+    for (link, target) in [("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")]
     {
         at("Could not make the links of /dev", std::os::unix::fs::symlink(target, format!("/dev/{link}")))?;
     }
@@ -168,7 +179,10 @@ fn tune() -> Result<(), InitError> {
     }
     // Root's limit of this machine is what jobs are used to; the kernel's first one is meagre.
     let limit = rustix::process::Rlimit { current: Some(1 << 20), maximum: Some(1 << 20) };
-    at("Could not raise the descriptor limit", rustix::process::setrlimit(rustix::process::Resource::Nofile, limit))
+    at(
+        "Could not raise the descriptor limit",
+        rustix::process::setrlimit(rustix::process::Resource::Nofile, limit),
+    )
 }
 
 /// A KVM without nested paging would run, with shadow page tables that no real host uses.

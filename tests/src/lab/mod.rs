@@ -74,7 +74,9 @@ pub enum LabError {
         said: String,
     },
     /// A kernel's modules are not what they should be.
-    #[error("The host's kernel modules cannot be used; remove target/kernels/6.12-generic to fetch them again")]
+    #[error(
+        "The host's kernel modules cannot be used; remove target/kernels/6.12-generic to fetch them again"
+    )]
     Modules(#[from] vmm::initramfs::ModuleError),
     /// The initramfs could not be made.
     #[error("The host's initramfs cannot be made")]
@@ -143,7 +145,8 @@ impl Lab {
         let paths = Paths::find()?;
         paths.create_state().map_err(|error| LabError::system("make target/lab", error))?;
         // Held until the lab is up, so that of two callers one starts it and the other finds it.
-        let lock = File::create(paths.state("lock")).map_err(|error| LabError::system("make a lock", error))?;
+        let lock =
+            File::create(paths.state("lock")).map_err(|error| LabError::system("make a lock", error))?;
         flock(&lock, FlockOperation::LockExclusive)
             .map_err(|error| LabError::system("wait for another start of the lab", error.into()))?;
         if let Some(lab) = Self::running()? {

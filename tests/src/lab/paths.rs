@@ -18,7 +18,8 @@ pub struct Paths {
 impl Paths {
     /// Finds the source tree: the nearest directory above the running program that has `scripts/lab`.
     pub fn find() -> Result<Self, LabError> {
-        let program = std::env::current_exe().map_err(|error| LabError::system("find this program", error))?;
+        let program =
+            std::env::current_exe().map_err(|error| LabError::system("find this program", error))?;
         program
             .ancestors()
             .find(|dir| dir.join("scripts/lab").is_file())

@@ -47,7 +47,11 @@ pub fn start(job: &Job, lab_env: &[(String, String)]) -> Result<(Pid, Streams), 
         return Err(refused(125, format!("the lab has no directory {}", job.cwd.display())));
     }
     let mut command = Command::new(program);
-    command.args(arguments).current_dir(&job.cwd).env_clear().envs(job.env.iter().map(|(name, value)| (name, value)));
+    command
+        .args(arguments)
+        .current_dir(&job.cwd)
+        .env_clear()
+        .envs(job.env.iter().map(|(name, value)| (name, value)));
     command.envs(lab_env.iter().map(|(name, value)| (name, value)));
 
     let terminal = match job.terminal {

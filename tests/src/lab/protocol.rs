@@ -105,7 +105,8 @@ impl Frame {
 
     /// The contents as a number of four bytes.
     pub fn number(&self) -> io::Result<i32> {
-        let bytes = self.payload.as_slice().try_into().map_err(|_| invalid("a number has four bytes".into()))?;
+        let bytes =
+            self.payload.as_slice().try_into().map_err(|_| invalid("a number has four bytes".into()))?;
         Ok(i32::from_le_bytes(bytes))
     }
 
@@ -195,7 +196,11 @@ mod tests {
 
     #[test]
     fn frames_survive_the_wire_in_any_pieces() {
-        let frames = [Frame::new(Kind::Stdin, *b"bytes"), Frame::new(Kind::StdinEnd, []), Frame::new(Kind::Exit, [7; 4])];
+        let frames = [
+            Frame::new(Kind::Stdin, *b"bytes"),
+            Frame::new(Kind::StdinEnd, []),
+            Frame::new(Kind::Exit, [7; 4]),
+        ];
         let wire: Vec<u8> = frames.iter().flat_map(Frame::encode).collect();
         let mut buffer = Vec::new();
         let mut decoded = Vec::new();

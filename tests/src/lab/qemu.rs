@@ -9,19 +9,32 @@ use std::process::{Command, Stdio};
 
 use vmm::initramfs::{Archive, ModuleTree};
 
+use super::LabError;
 use super::daemon::{Machine, port_pairs};
 use super::init::MODULE_DIR;
 use super::paths::Paths;
 use super::tools::{Tool, Tools, script};
-use super::LabError;
 
 /// The kernel of the host: the only Debian flavour with 9p.
 pub const KERNEL: &str = "6.12-generic";
 
 /// What the host needs beyond what is built in.
 const MODULES: &[&str] = &[
-    "virtio_pci", "virtio_blk", "virtio_console", "9p", "9pnet_virtio", "kvm", "kvm_amd", "ext4", "xfs", "overlay",
-    "fuse", "virtiofs", "loop", "dm_mod", "dm_flakey",
+    "virtio_pci",
+    "virtio_blk",
+    "virtio_console",
+    "9p",
+    "9pnet_virtio",
+    "kvm",
+    "kvm_amd",
+    "ext4",
+    "xfs",
+    "overlay",
+    "fuse",
+    "virtiofs",
+    "loop",
+    "dm_mod",
+    "dm_flakey",
 ];
 
 /// The scratch disks, in the order of /dev/vda, /dev/vdb.
@@ -79,25 +92,46 @@ fn machine_arguments(paths: &Paths, kernel: &Path, initramfs: &Path) -> Vec<Stri
     let security = if rustix::process::geteuid().is_root() { "passthrough" } else { "none" };
     let file = |path: &Path| path.display().to_string().replace(',', ",,");
     let mut arguments: Vec<String> = [
-        "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-M", "q35",
-        "-accel", "tcg,thread=multi", "-cpu", "max,+svm,+npt,-la57", "-m", &memory_mib().to_string(),
-        "-smp", &cpus.to_string(),
-        "-kernel", &kernel.join("vmlinuz").display().to_string(),
-        "-initrd", &initramfs.display().to_string(),
+        "-nodefaults",
+        "-no-user-config",
+        "-display",
+        "none",
+        "-no-reboot",
+        "-M",
+        "q35",
+        "-accel",
+        "tcg,thread=multi",
+        "-cpu",
+        "max,+svm,+npt,-la57",
+        "-m",
+        &memory_mib().to_string(),
+        "-smp",
+        &cpus.to_string(),
+        "-kernel",
+        &kernel.join("vmlinuz").display().to_string(),
+        "-initrd",
+        &initramfs.display().to_string(),
         // No mitigations and no watchdogs: they only cost emulated time. The huge pages and the overcommitment are what
         // a host of virtual machines has.
-        "-append", "console=ttyS0 loglevel=5 panic=-1 mitigations=off nowatchdog tsc=reliable no_timer_check \
+        "-append",
+        "console=ttyS0 loglevel=5 panic=-1 mitigations=off nowatchdog tsc=reliable no_timer_check \
                     random.trust_cpu=on audit=0 apparmor=0 transparent_hugepage=always",
-        "-chardev", &format!("file,id=console,path={}", file(&paths.console())), "-serial", "chardev:console",
-        "-fsdev", &format!("local,id=root,path=/,security_model={security},multidevs=remap"),
-        "-device", "virtio-9p-pci,fsdev=root,mount_tag=root",
+        "-chardev",
+        &format!("file,id=console,path={}", file(&paths.console())),
+        "-serial",
+        "chardev:console",
+        "-fsdev",
+        &format!("local,id=root,path=/,security_model={security},multidevs=remap"),
+        "-device",
+        "virtio-9p-pci,fsdev=root,mount_tag=root",
     ]
     .map(str::to_owned)
     .into();
     for disk in DISKS {
         let path = file(&paths.state(disk));
         arguments.extend(
-            ["-drive", &format!("file={path},format=raw,if=virtio,cache=unsafe,discard=unmap")].map(str::to_owned),
+            ["-drive", &format!("file={path},format=raw,if=virtio,cache=unsafe,discard=unmap")]
+                .map(str::to_owned),
         );
     }
     arguments
@@ -139,9 +173,27 @@ fn build_initramfs(paths: &Paths, kernel: &Path, initramfs: &Path) -> Result<(),
     archive.host_file("init", 0o755, &paths.program("lab-init")?)?;
     archive.device("dev/console", 0o600, 5, 1)?;
     for (index, module) in ModuleTree::open(&kernel.join("modules"))?.resolve(MODULES)?.iter().enumerate() {
-        archive.file(&format!("{MODULE_DIR}/{index:03}-{}.ko", module.name), 0o644, &module.bytes)?;
+        archive.file(
+            &format!("{MODULE_DIR}/{index:03}-{}.ko", module.name),
+            0o644,
+            unsigned(&module.bytes),
+        )?;
     }
     fs::write(initramfs, archive.finish()?).map_err(|error| LabError::system("write the initramfs", error))
+}
+
+/// A module without its signature, which the kernel would take seconds of emulated time to verify, and does not insist on.
+/// The signature is followed by twelve bytes, the last four its length in big-endian order, and a mark.
+fn unsigned(module: &[u8]) -> &[u8] {
+    const MARK: &[u8] = b"~Module signature appended~\n";
+    let signature = module
+        .strip_suffix(MARK)
+        .and_then(|signed| signed.split_last_chunk::<4>())
+        .map(|(rest, length)| (rest.len() - 8).checked_sub(u32::from_be_bytes(*length) as usize));
+    match signature {
+        Some(Some(end)) => &module[..end],
+        _ => module,
+    }
 }
 
 fn make_disks(paths: &Paths, tools: &Tools) -> Result<(), LabError> {

@@ -101,15 +101,23 @@ impl Session {
             let frame = match Frame::read(&mut self.stream) {
                 Ok(frame) => frame,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(LabError::TimedOut),
-                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Err(LabError::HostEnded),
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                    return Err(LabError::HostEnded);
+                }
                 Err(error) => return Err(LabError::Connection(error)),
             };
             match frame.kind {
                 Kind::Stdout => {
-                    stdout.write_all(&frame.payload).and_then(|()| stdout.flush()).map_err(LabError::Output)?;
+                    stdout
+                        .write_all(&frame.payload)
+                        .and_then(|()| stdout.flush())
+                        .map_err(LabError::Output)?;
                 }
                 Kind::Stderr => {
-                    stderr.write_all(&frame.payload).and_then(|()| stderr.flush()).map_err(LabError::Output)?;
+                    stderr
+                        .write_all(&frame.payload)
+                        .and_then(|()| stderr.flush())
+                        .map_err(LabError::Output)?;
                 }
                 Kind::Trouble => {
                     let reason = String::from_utf8_lossy(&frame.payload);

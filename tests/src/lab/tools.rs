@@ -95,8 +95,10 @@ impl Tools {
     /// Runs a program that only has to succeed.
     pub fn run(&self, command: &mut Command) -> Result<(), LabError> {
         let name = command.get_program().display().to_string();
-        let output =
-            command.stdin(Stdio::null()).output().map_err(|error| LabError::system("run a program", error))?;
+        let output = command
+            .stdin(Stdio::null())
+            .output()
+            .map_err(|error| LabError::system("run a program", error))?;
         if output.status.success() {
             return Ok(());
         }

@@ -14,7 +14,9 @@ pub enum ArchiveError {
     #[error("{0:?} cannot be the name of an initramfs entry: use a relative path without . and .. in it")]
     Name(String),
     /// newc sizes have 32 bits.
-    #[error("{name} has {size} bytes, and an initramfs takes files below 4 GiB: share it with the guest instead")]
+    #[error(
+        "{name} has {size} bytes, and an initramfs takes files below 4 GiB: share it with the guest instead"
+    )]
     TooLarge {
         /// The entry's name.
         name: String,
@@ -161,12 +163,8 @@ mod tests {
             if entry.is_trailer() {
                 return entries;
             }
-            let mut listed: Listed = (
-                entry.name().to_owned(),
-                entry.mode(),
-                (entry.rdev_major(), entry.rdev_minor()),
-                Vec::new(),
-            );
+            let mut listed: Listed =
+                (entry.name().to_owned(), entry.mode(), (entry.rdev_major(), entry.rdev_minor()), Vec::new());
             reader.read_to_end(&mut listed.3).unwrap();
             entries.push(listed);
             rest = reader.finish().unwrap();
@@ -198,8 +196,7 @@ mod tests {
         archive.file("a/b/c", 0o644, b"1").unwrap();
         archive.file("a/b/d", 0o644, b"").unwrap();
         archive.directory("a", 0o700).unwrap();
-        let names: Vec<String> =
-            list(&archive.finish().unwrap()).into_iter().map(|entry| entry.0).collect();
+        let names: Vec<String> = list(&archive.finish().unwrap()).into_iter().map(|entry| entry.0).collect();
         assert_eq!(names, ["a", "a/b", "a/b/c", "a/b/d"]);
     }
 

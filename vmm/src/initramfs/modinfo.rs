@@ -40,7 +40,9 @@ impl Modinfo {
                 continue;
             };
             match key {
-                "depends" => info.depends.extend(value.split(',').filter(|n| !n.is_empty()).map(str::to_owned)),
+                "depends" => {
+                    info.depends.extend(value.split(',').filter(|n| !n.is_empty()).map(str::to_owned))
+                }
                 "softdep" => info.softdeps.extend(before(value)),
                 _ => {}
             }

@@ -125,8 +125,8 @@ impl ModuleTree {
             .get(name)
             .ok_or_else(|| ModuleError::NotFound { name: name.to_owned(), dir: self.dir.clone() })?;
         let bytes = read_module(path)?;
-        let info = Modinfo::read(&bytes)
-            .map_err(|source| ModuleError::NotAModule { path: path.clone(), source })?;
+        let info =
+            Modinfo::read(&bytes).map_err(|source| ModuleError::NotAModule { path: path.clone(), source })?;
         for wanted in info.softdeps.iter().filter_map(|softdep| self.softdep(softdep)) {
             self.visit(&wanted, seen, modules)?;
         }
@@ -286,7 +286,8 @@ mod tests {
 
     #[test]
     fn soft_dependencies_are_loaded_when_they_are_there() {
-        let dir = tree(&[("ext4.ko", "softdep=pre: crypto-crc32c absent\0"), ("crc32c_generic.ko", "depends=\0")]);
+        let dir =
+            tree(&[("ext4.ko", "softdep=pre: crypto-crc32c absent\0"), ("crc32c_generic.ko", "depends=\0")]);
         let tree = ModuleTree::open(dir.path()).unwrap();
         assert_eq!(order(&tree, &["ext4"]), ["crc32c_generic", "ext4"]);
     }
