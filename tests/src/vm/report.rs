@@ -26,19 +26,25 @@ struct ShareReport {
     window: Option<WindowCounts>,
 }
 
-/// What the device counted about a share's DAX window.
+/// What the device counted about a share's DAX window, over the whole run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 pub struct WindowCounts {
     /// Chunks of 2 MiB mapped at the end.
-    pub chunks_mapped: u64,
+    pub mapped_chunks: u64,
     /// The most chunks that were mapped at a time.
-    pub chunks_peak: u64,
-    /// FUSE_SETUPMAPPING requests served.
-    pub setupmappings: u64,
+    pub peak_mapped_chunks: u64,
+    /// Bytes mapped at the end.
+    pub mapped_bytes: u64,
+    /// FUSE_SETUPMAPPING requests that were carried out.
+    pub setup_mappings: u64,
+    /// FUSE_SETUPMAPPING requests that were refused.
+    pub failed_setup_mappings: u64,
     /// Ranges given back by FUSE_REMOVEMAPPING.
-    pub removemappings: u64,
-    /// Mappings that became writable in place.
-    pub upgrades: u64,
+    pub remove_mappings: u64,
+    /// Chunks that became writable in place.
+    pub upgraded_chunks: u64,
+    /// Chunks that were unmapped because a session ended.
+    pub cleared_chunks: u64,
 }
 
 impl Report {
@@ -62,11 +68,12 @@ mod tests {
     #[test]
     fn counts_are_found_by_tag() -> io::Result<()> {
         let text = br#"{"reason": "power-off", "status": 0, "timing": {}, "shares": [{"tag": "none"},
-            {"tag": "t", "window": {"chunks_mapped": 0, "chunks_peak": 32, "setupmappings": 33, "removemappings": 1,
-             "upgrades": 2, "bytes_mapped": 0}}]}"#;
+            {"tag": "t", "window": {"size": 1, "mapped_chunks": 0, "peak_mapped_chunks": 32, "setup_mappings": 33,
+             "mapped_bytes": 0, "failed_setup_mappings": 0, "remove_mappings": 1, "upgraded_chunks": 2,
+             "cleared_chunks": 31}}]}"#;
         let report = Report::parse(Some(text))?;
         assert_eq!(report.reason, "power-off");
-        assert_eq!(report.window("t").map(|counts| counts.setupmappings), Some(33));
+        assert_eq!(report.window("t").map(|counts| counts.setup_mappings), Some(33));
         assert_eq!(report.window("none"), None);
         assert_eq!(report.window("other"), None);
         Ok(())

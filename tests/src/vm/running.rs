@@ -11,6 +11,7 @@ use serde::de::DeserializeOwned;
 use tempfile::TempDir;
 
 use super::console::{Event, Text, follow};
+use super::kernel::scratch;
 use super::{HostProcess, Kernel, Report, VmBuilder, VmError};
 use crate::guest::{End, Op, write_line};
 
@@ -45,7 +46,7 @@ impl Vm {
     }
 
     pub(super) fn spawn(mut command: Command, deadline: Duration) -> Result<Vm, VmError> {
-        let files = TempDir::new().map_err(VmError::system("a temporary directory"))?;
+        let files = TempDir::new_in(scratch()).map_err(VmError::system("a temporary directory"))?;
         command.arg("--report").arg(files.path().join("report.json"));
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let path = command.get_program().to_owned();
