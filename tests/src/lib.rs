@@ -1,3 +1,5 @@
 //! The lab, the guest's agent and what guest tests are written with.
 
+pub mod guest;
 pub mod lab;
+pub mod vm;

@@ -1,0 +1,18 @@
+//! The guest's agent: PID 1 of the test guests, which does what the driver (`crate::vm`) asks for over the console.
+//!
+//! A request is one line, `@` and an [`Op`] in JSON; so is the reply, `@` and a [`Reply`]. Everything else on the console
+//! is the kernel's. One request is served at a time. [`data`] generates all file contents, on both sides.
+
+mod agent;
+pub mod data;
+mod init;
+mod name;
+mod ops;
+mod proto;
+mod wire;
+
+pub use agent::Agent;
+pub use init::init;
+pub use name::{Bytes, GuestPath};
+pub use proto::*;
+pub use wire::{Line, READY, read_line, write_line};

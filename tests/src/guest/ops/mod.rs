@@ -1,0 +1,10 @@
+//! The operations, by what they touch.
+
+pub(super) mod files;
+pub(super) mod maps;
+pub(super) mod read;
+pub(super) mod small;
+pub(super) mod system;
+pub(super) mod write;
+
+pub(super) use maps::Mapping;

@@ -1,0 +1,55 @@
+//! Work on many small files.
+
+use std::fs;
+use std::time::Instant;
+
+use crate::guest::data::{Content, fill, first_difference, word};
+use crate::guest::{Failure, GuestPath, SmallFiles, SmallFilesPhase};
+
+/// Sizes are between nothing and this.
+const MOST: u64 = 6000;
+
+/// Content of the file with this number.
+fn content(number: u32) -> Content {
+    Content { seed: number.into(), len: word(u64::MAX, number.into()) % MOST }
+}
+
+/// Does one phase; says how many microseconds it took.
+pub fn small_files(work: &SmallFiles) -> Result<u64, Failure> {
+    let start = Instant::now();
+    let name = |number: u32| work.dir.join(format!("file-{number:06}"));
+    let new_name = |number: u32| work.dir.join(format!("renamed-{:06}", work.count - number));
+    for number in 0..work.count {
+        match work.phase {
+            SmallFilesPhase::Create => create(&name(number), content(number)),
+            SmallFilesPhase::Read => read(&name(number), content(number)),
+            SmallFilesPhase::Rename => fs::rename(name(number), new_name(number)).map_err(Failure::from),
+            SmallFilesPhase::Remove => fs::remove_file(new_name(number)).map_err(Failure::from),
+        }
+        .map_err(|failure| failure.within(format_args!("file {number}")))?;
+    }
+    if let SmallFilesPhase::Remove = work.phase {
+        let left = fs::read_dir(&work.dir)?.count();
+        if left != 0 {
+            return Err(Failure::new(format!("{left} names are left after all were removed")));
+        }
+    }
+    Ok(start.elapsed().as_micros().try_into().unwrap_or(u64::MAX))
+}
+
+fn create(path: &GuestPath, content: Content) -> Result<(), Failure> {
+    let mut bytes = vec![0; content.len as usize];
+    fill(content.seed, 0, &mut bytes);
+    Ok(fs::write(path, bytes)?)
+}
+
+fn read(path: &GuestPath, content: Content) -> Result<(), Failure> {
+    let bytes = fs::read(path)?;
+    if bytes.len() as u64 != content.len {
+        return Err(Failure::new(format!("{} bytes instead of {}", bytes.len(), content.len)));
+    }
+    match first_difference(content.seed, 0, &bytes) {
+        Some(at) => Err(Failure::new(format!("another byte at {at}"))),
+        None => Ok(()),
+    }
+}

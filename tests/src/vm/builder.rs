@@ -1,0 +1,138 @@
+//! What to boot.
+
+use std::env;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use super::kernel::in_target;
+use super::{Kernel, Vm, VmError};
+
+/// Emulated hosts are slow, and 32 emulated processors slower still.
+const DEADLINE: Duration = Duration::from_secs(120);
+
+/// A directory of the host, shared.
+#[derive(Clone, Debug)]
+pub struct Share(OsString);
+
+impl Share {
+    /// Shares a directory under a tag.
+    pub fn new(tag: &str, dir: impl AsRef<Path>) -> Share {
+        let mut text = OsString::from(format!("tag={tag},path="));
+        text.push(dir.as_ref());
+        Share(text)
+    }
+
+    fn with(mut self, option: &str) -> Share {
+        self.0.push(",");
+        self.0.push(option);
+        self
+    }
+
+    /// The size of its DAX window: `32M`, `8G`, `0`.
+    pub fn window(self, size: &str) -> Share {
+        self.with(&format!("window={size}"))
+    }
+
+    /// Its policy: `always`, `never`.
+    pub fn dax(self, policy: &str) -> Share {
+        self.with(&format!("dax={policy}"))
+    }
+
+    /// Refuses every change.
+    pub fn read_only(self) -> Share {
+        self.with("ro")
+    }
+}
+
+/// A virtual machine to be.
+#[derive(Clone, Debug)]
+pub struct VmBuilder {
+    kernel: Kernel,
+    cpus: u32,
+    memory: String,
+    cmdline: String,
+    shares: Vec<Share>,
+    more: Vec<OsString>,
+    deadline: Duration,
+}
+
+impl VmBuilder {
+    /// One processor, 512 MiB, no share.
+    pub(super) fn new(kernel: &Kernel) -> VmBuilder {
+        VmBuilder {
+            kernel: kernel.clone(),
+            cpus: 1,
+            memory: "512M".into(),
+            cmdline: "console=ttyS0 quiet".into(),
+            shares: Vec::new(),
+            more: Vec::new(),
+            deadline: DEADLINE,
+        }
+    }
+
+    /// The number of processors.
+    pub fn cpus(mut self, cpus: u32) -> VmBuilder {
+        self.cpus = cpus;
+        self
+    }
+
+    /// The guest's memory: `512M`, `6G`.
+    pub fn memory(mut self, size: &str) -> VmBuilder {
+        self.memory = size.into();
+        self
+    }
+
+    /// One more share; the guest finds them in this order.
+    pub fn share(mut self, share: Share) -> VmBuilder {
+        self.shares.push(share);
+        self
+    }
+
+    /// More words on the kernel's command line.
+    pub fn cmdline_extra(mut self, words: &str) -> VmBuilder {
+        self.cmdline = format!("{} {words}", self.cmdline);
+        self
+    }
+
+    /// One more argument for `daxvm run`.
+    pub fn argument(mut self, argument: impl Into<OsString>) -> VmBuilder {
+        self.more.push(argument.into());
+        self
+    }
+
+    /// How long each step may take, before `DEADLINE_SCALE`.
+    pub fn deadline(mut self, deadline: Duration) -> VmBuilder {
+        self.deadline = deadline;
+        self
+    }
+
+    /// Starts the virtual machine and waits until its agent listens.
+    pub fn boot(&self) -> Result<Vm, VmError> {
+        let mut vm = self.start()?;
+        vm.wait_ready()?;
+        Ok(vm)
+    }
+
+    /// Starts the virtual machine and waits for nothing.
+    pub fn start(&self) -> Result<Vm, VmError> {
+        let initrd = self.kernel.initrd()?;
+        let scale = env::var("DEADLINE_SCALE").ok().and_then(|text| text.parse().ok()).unwrap_or(1.0);
+        let program = daxvm();
+        let mut command = Command::new(&program);
+        command.arg("run").arg("--kernel").arg(self.kernel.image()).arg("--initrd").arg(initrd);
+        command.arg("--cmdline").arg(&self.cmdline);
+        command.args(["--cpus", &self.cpus.to_string(), "--memory", &self.memory]);
+        for share in &self.shares {
+            command.arg("--share").arg(&share.0);
+        }
+        command.args(&self.more);
+        Vm::spawn(command, self.deadline.mul_f64(scale))
+    }
+}
+
+/// The program under test.
+pub fn daxvm() -> PathBuf {
+    env::var_os("DAXVM").map_or_else(|| in_target("daxvm"), PathBuf::from)
+}

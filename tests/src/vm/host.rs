@@ -1,0 +1,128 @@
+//! What a virtual machine holds of its host.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::VmError;
+
+/// A process, seen from outside.
+#[derive(Clone, Debug)]
+pub struct HostProcess {
+    proc: PathBuf,
+}
+
+/// What a process holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Holdings {
+    /// Open descriptors, those of no file with a name counted by kind.
+    pub descriptors: BTreeMap<String, usize>,
+    /// Mappings of files below a share.
+    pub share_mappings: usize,
+    /// Resident memory of mappings of files below a share, in KiB.
+    pub share_resident: u64,
+    /// Resident memory of everything but guest memory and shares, in KiB.
+    pub own_resident: u64,
+}
+
+/// Anonymous mappings from this size on are taken for the guest's memory, in KiB.
+const GUEST_MEMORY: u64 = 32 << 10;
+
+impl HostProcess {
+    pub(super) fn new(pid: u32) -> HostProcess {
+        HostProcess { proc: Path::new("/proc").join(pid.to_string()) }
+    }
+
+    /// The process's id.
+    pub fn pid(&self) -> u32 {
+        self.proc.file_name().and_then(|name| name.to_str()?.parse().ok()).unwrap_or(0)
+    }
+
+    /// A value of /proc/PID/status that is given in KiB: `VmRSS`, `RssAnon`, ...
+    pub fn status_kib(&self, key: &str) -> Result<u64, VmError> {
+        let status = self.read("status")?;
+        let value = status.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'));
+        let number = value.and_then(|value| value.trim().trim_end_matches(" kB").parse().ok());
+        number.ok_or_else(|| VmError::system(key)(io::Error::other("not in /proc/PID/status")))
+    }
+
+    /// Everything the process holds, files below `shared` told apart.
+    pub fn holdings(&self, shared: &Path) -> Result<Holdings, VmError> {
+        let mut holdings = parse_smaps(&self.read("smaps")?, shared);
+        let fds = self.proc.join("fd");
+        let entries = fs::read_dir(&fds).map_err(VmError::system("the process's descriptors"))?;
+        for entry in entries.map_while(Result::ok) {
+            // A descriptor that was closed meanwhile is none.
+            let Ok(target) = fs::read_link(entry.path()) else { continue };
+            let name = target.to_string_lossy().into_owned();
+            let kind = name.split_once(":[").map_or(name.as_str(), |(kind, _)| kind);
+            *holdings.descriptors.entry(kind.to_owned()).or_default() += 1;
+        }
+        Ok(holdings)
+    }
+
+    fn read(&self, file: &str) -> Result<String, VmError> {
+        fs::read_to_string(self.proc.join(file)).map_err(VmError::system(format!("/proc/PID/{file}")))
+    }
+}
+
+impl Holdings {
+    /// How many descriptors in all.
+    pub fn descriptor_count(&self) -> usize {
+        self.descriptors.values().sum()
+    }
+}
+
+fn parse_smaps(smaps: &str, shared: &Path) -> Holdings {
+    let mut holdings =
+        Holdings { descriptors: BTreeMap::new(), share_mappings: 0, share_resident: 0, own_resident: 0 };
+    let (mut is_shared, mut is_guest) = (false, false);
+    for line in smaps.lines() {
+        let mut words = line.split_whitespace();
+        let key = words.next().unwrap_or_default();
+        let Some(key) = key.strip_suffix(':') else {
+            // start-end perms offset device inode [path]
+            let path = words.nth(4).map(|first| Path::new(&line[line.rfind(first).unwrap_or(0)..]));
+            is_shared = path.is_some_and(|path| path.starts_with(shared));
+            is_guest = false;
+            holdings.share_mappings += usize::from(is_shared);
+            continue;
+        };
+        let kib = words.next().and_then(|number| number.parse().ok()).unwrap_or(0);
+        match key {
+            "Size" => is_guest = kib >= GUEST_MEMORY,
+            "Rss" if is_shared => holdings.share_resident += kib,
+            "Rss" if !is_guest => holdings.own_resident += kib,
+            _ => {}
+        }
+    }
+    holdings
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_guest_memory_and_the_rest_are_told_apart() {
+        let smaps = "\
+7f0000000000-7f0020000000 rw-p 00000000 00:00 0 \nSize:             524288 kB\nRss:              100000 kB\n\
+7f1000000000-7f1000200000 rw-s 00000000 08:01 42                         /srv/share/a file\n\
+Size:               2048 kB\nRss:                1024 kB\n\
+7f2000000000-7f2000010000 r-xp 00000000 08:01 43                         /usr/bin/daxvm\n\
+Size:                 64 kB\nRss:                  60 kB\nVmFlags: rd ex\n";
+        let holdings = parse_smaps(smaps, Path::new("/srv/share"));
+        assert_eq!((holdings.share_mappings, holdings.share_resident), (1, 1024));
+        assert_eq!(holdings.own_resident, 60);
+    }
+
+    #[test]
+    fn this_process_holds_its_standard_streams() -> Result<(), VmError> {
+        let process = HostProcess::new(std::process::id());
+        assert!(process.holdings(Path::new("/nowhere"))?.descriptor_count() >= 3);
+        assert!(process.status_kib("VmRSS")? > 0);
+        assert!(process.status_kib("NoSuchKey").is_err());
+        Ok(())
+    }
+}

@@ -1,0 +1,80 @@
+//! The guest tests: stock kernels under `daxvm`, on a host with KVM.
+//!
+//! They run where `scripts/lab exec` runs programs: there the environment names scratch directories on the file systems
+//! to share from (LAB_EXT4, LAB_TMPFS). Elsewhere every test is skipped and says why. One boot serves many checks, one
+//! after another; each check is a test of its own, called KERNEL/CPUS/FILE-SYSTEM/CHECK.
+
+#[path = "guest/attributes.rs"]
+mod attributes;
+#[path = "guest/dax.rs"]
+mod dax;
+#[path = "guest/harness.rs"]
+mod harness;
+#[path = "guest/io.rs"]
+mod io;
+#[path = "guest/lifecycle.rs"]
+mod lifecycle;
+#[path = "guest/machine.rs"]
+mod machine;
+#[path = "guest/pressure.rs"]
+mod pressure;
+#[path = "guest/tree.rs"]
+mod tree;
+
+use std::process::ExitCode;
+
+use harness::{Boot, Checks, Places, Scope};
+use libtest_mimic::{Arguments, Trial};
+
+const KERNELS: [&str; 2] = ["6.12-cloud", "6.1-cloud"];
+
+fn main() -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    // Checks of one boot share a guest, and emulated processors are few.
+    arguments.test_threads = Some(1);
+    let places = Places::find();
+    if let Err(why) = &places {
+        eprintln!("\nSKIPPING EVERY GUEST TEST: {why}\n");
+    }
+    let conclusion = libtest_mimic::run(&arguments, trials(&places));
+    harness::end_current();
+    if let Ok(places) = places
+        && let Err(error) = places.remove()
+    {
+        eprintln!("scratch files are left behind: {error}");
+    }
+    conclusion.exit_code()
+}
+
+fn trials(places: &Result<Places, String>) -> Vec<Trial> {
+    let mut trials = Vec::new();
+    for (kernel, cpus, scope) in [
+        (KERNELS[0], 4, Scope::Full),
+        (KERNELS[1], 1, Scope::Full),
+        (KERNELS[0], 1, Scope::Light),
+        (KERNELS[1], 4, Scope::Light),
+    ] {
+        let boot = Boot { kernel, cpus, scope };
+        for place in harness::PLACES {
+            boot.trials(places, place, place_checks(), &mut trials);
+        }
+        boot.last_trials(places, lifecycle::last_checks(), &mut trials);
+    }
+    for kernel in KERNELS {
+        machine::trials(places, kernel, &mut trials);
+    }
+    trials
+}
+
+/// What is checked on every file system of every boot, in this order.
+fn place_checks() -> Checks {
+    [
+        dax::checks(),
+        io::checks(),
+        pressure::checks(),
+        tree::checks(),
+        attributes::checks(),
+        lifecycle::checks(),
+    ]
+    .concat()
+}

@@ -1,0 +1,315 @@
+//! Boots that many checks share.
+
+use std::env;
+use std::error::Error;
+use std::fmt::Display;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use libtest_mimic::{Completion, Failed, Trial};
+use tempfile::TempDir;
+use tests::guest::Op;
+use tests::guest::data::Content;
+use tests::vm::{Ended, Kernel, Share, Vm, VmError};
+
+/// What a check comes to.
+pub type Outcome = Result<(), Box<dyn Error>>;
+/// A check on a file system of a guest.
+pub type Check = fn(&mut Scene) -> Outcome;
+/// Checks by name.
+pub type Checks = Vec<(&'static str, Check)>;
+/// A check that takes the guest with it.
+pub type LastCheck = fn(Vm, &Places) -> Outcome;
+
+/// The file systems shared from, as the lab names them.
+pub const PLACES: [&str; 2] = ["ext4", "tmpfs"];
+
+/// The file whose content checks compare, in every share.
+pub const BIG: Content = Content { seed: 64, len: 64 << 20 };
+
+/// Returns an error unless a condition holds.
+macro_rules! ensure {
+    ($condition:expr, $($message:tt)+) => {
+        if !$condition {
+            return Err(format!($($message)+).into());
+        }
+    };
+}
+
+/// Returns an error unless two values are equal.
+macro_rules! ensure_eq {
+    ($left:expr, $right:expr) => {
+        crate::harness::ensure_eq!($left, $right, "{}", stringify!($left))
+    };
+    ($left:expr, $right:expr, $($what:tt)+) => {
+        match (&$left, &$right) {
+            (left, right) if left == right => {}
+            (left, right) => {
+                return Err(format!("{}: {left:?}, expected {right:?}", format_args!($($what)+)).into());
+            }
+        }
+    };
+}
+pub(crate) use {ensure, ensure_eq};
+
+/// How much is checked of a boot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// Everything.
+    Full,
+    /// The same checks with less data where that is what takes the time.
+    Light,
+}
+
+/// The scratch directories, one a file system.
+#[derive(Clone)]
+pub struct Places(Arc<Vec<(&'static str, TempDir)>>);
+
+impl Places {
+    /// Makes them, or says why no test can run here.
+    pub fn find() -> Result<Places, String> {
+        fs::File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/kvm")
+            .map_err(|error| format!("/dev/kvm: {error}; run this program with scripts/lab exec"))?;
+        let make = |name: &'static str| {
+            let variable = format!("LAB_{}", name.to_uppercase());
+            let dir = env::var_os(&variable)
+                .ok_or(format!("{variable} names no directory; run this program with scripts/lab exec"))?;
+            let dir = tempfile::Builder::new().prefix("guest-").tempdir_in(&dir);
+            dir.map(|dir| (name, dir)).map_err(|error| format!("{variable}: {error}"))
+        };
+        Ok(Places(Arc::new(PLACES.into_iter().map(make).collect::<Result<_, String>>()?)))
+    }
+
+    /// A file system's directory.
+    pub fn dir(&self, name: &str) -> &Path {
+        let place = self.0.iter().find(|(place, _)| *place == name);
+        place.map_or(Path::new("/nonexistent"), |(_, dir)| dir.path())
+    }
+
+    /// Fills them: each share needs the big file.
+    fn prepare(&self) -> io::Result<()> {
+        static PREPARED: OnceLock<Result<(), String>> = OnceLock::new();
+        let prepare = || {
+            for (_, dir) in self.0.iter() {
+                for share in ["main", "counts"] {
+                    fs::create_dir(dir.path().join(share))?;
+                    BIG.write_to(&dir.path().join(share).join("big"))?;
+                }
+            }
+            Ok::<_, io::Error>(())
+        };
+        let prepared = PREPARED.get_or_init(|| prepare().map_err(|error| error.to_string()));
+        prepared.clone().map_err(io::Error::other)
+    }
+
+    /// Removes them.
+    pub fn remove(self) -> io::Result<()> {
+        match Arc::into_inner(self.0) {
+            Some(dirs) => dirs.into_iter().try_for_each(|(_, dir)| dir.close()),
+            None => Err(io::Error::other("a test still has them")),
+        }
+    }
+}
+
+/// A boot that checks share.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Boot {
+    /// The kernel's name.
+    pub kernel: &'static str,
+    /// The number of processors.
+    pub cpus: u32,
+    /// How much is checked.
+    pub scope: Scope,
+}
+
+/// The guest that runs at the moment. Only one does: hosts may be small.
+static CURRENT: Mutex<Option<(Boot, Option<Vm>)>> = Mutex::new(None);
+
+/// Ends the guest that runs at the moment, if any.
+pub fn end_current() {
+    CURRENT.lock().unwrap_or_else(PoisonError::into_inner).take();
+}
+
+impl Boot {
+    fn name(&self, check: impl Display) -> String {
+        format!("{}/{}cpu/{check}", self.kernel.trim_end_matches("-cloud"), self.cpus)
+    }
+
+    /// Adds a test for each check on one file system.
+    pub fn trials(
+        self,
+        places: &Result<Places, String>,
+        place: &'static str,
+        checks: Checks,
+        trials: &mut Vec<Trial>,
+    ) {
+        for (name, check) in checks {
+            let name = self.name(format_args!("{place}/{name}"));
+            let mine = name.clone();
+            trials.push(trial(name, places, move |places| {
+                self.with_guest(places, |vm| {
+                    let mut scene =
+                        Scene { vm, boot: self, place, dir: places.dir(place).join("main"), mounts: 0 };
+                    let outcome = check(&mut scene);
+                    // Whatever the next check does should not depend on where this one stopped.
+                    outcome.map_err(|error| format!("{mine}: {error}").into())
+                })
+            }));
+        }
+    }
+
+    /// Adds tests for the end of the boot.
+    pub fn last_trials(
+        self,
+        places: &Result<Places, String>,
+        checks: Vec<(&'static str, LastCheck)>,
+        trials: &mut Vec<Trial>,
+    ) {
+        for (name, check) in checks {
+            trials.push(trial(self.name(name), places, move |places| {
+                self.with_guest(places, |_| Ok(()))?;
+                let taken = CURRENT.lock().unwrap_or_else(PoisonError::into_inner).take();
+                match taken {
+                    Some((_, Some(vm))) => check(vm, places),
+                    _ => Err("the guest is gone".into()),
+                }
+            }));
+        }
+    }
+
+    /// Runs something in this boot's guest, which is booted if it does not run yet.
+    fn with_guest(self, places: &Places, work: impl FnOnce(&mut Vm) -> Outcome) -> Outcome {
+        let mut current = CURRENT.lock().unwrap_or_else(PoisonError::into_inner);
+        if current.as_ref().is_none_or(|(boot, _)| *boot != self) {
+            // The old one first: two would not fit everywhere.
+            current.take();
+            *current = Some((self, None));
+            *current = Some((self, Some(self.start(places)?)));
+        }
+        let Some((_, Some(vm))) = current.as_mut() else {
+            return Err("this boot's guest never came up: see the first check that failed".into());
+        };
+        if vm.is_lost() {
+            return Err("this boot's guest is gone: see the check that lost it".into());
+        }
+        work(vm)
+    }
+
+    fn start(self, places: &Places) -> Result<Vm, Box<dyn Error>> {
+        places.prepare()?;
+        let mut builder = Vm::builder(&Kernel::find(self.kernel)?).cpus(self.cpus).memory("512M");
+        for place in PLACES {
+            let main = places.dir(place).join("main");
+            let share = |suffix: &str, dir: &Path| Share::new(&format!("{place}{suffix}"), dir);
+            builder = builder
+                .share(share("", &main).window("128M").dax("always"))
+                .share(share("-small", &main).window("32M").dax("always"))
+                .share(share("-never", &main).window("32M").dax("never"))
+                .share(share("-ro", &main).window("32M").dax("always").read_only())
+                .share(share("-counts", &places.dir(place).join("counts")).window("128M").dax("always"));
+        }
+        let mut vm = builder.boot()?;
+        let processors = vm.read_text("/sys/devices/system/cpu/online")?;
+        let all = if self.cpus == 1 { "0".to_owned() } else { format!("0-{}", self.cpus - 1) };
+        ensure_eq!(processors.trim(), all, "processors online");
+        Ok(vm)
+    }
+}
+
+/// A test that needs a host with KVM and scratch directories.
+pub fn trial(
+    name: String,
+    places: &Result<Places, String>,
+    run: impl FnOnce(&Places) -> Outcome + Send + 'static,
+) -> Trial {
+    let places = places.clone();
+    Trial::ignorable_test(name, move || match places {
+        Err(why) => Ok(Completion::ignored_with(why)),
+        Ok(places) => {
+            run(&places).map(|()| Completion::Completed).map_err(|error| Failed::from(error.to_string()))
+        }
+    })
+}
+
+/// Where a check plays: a guest, and one file system that the host shares with it.
+pub struct Scene<'a> {
+    /// The guest.
+    pub vm: &'a mut Vm,
+    /// The boot it came from.
+    pub boot: Boot,
+    /// The file system: also the tag of its share. The others have `-small`, `-never`, `-ro`, `-counts` at the end.
+    pub place: &'static str,
+    /// The shared directory on the host.
+    pub dir: PathBuf,
+    mounts: u32,
+}
+
+impl Scene<'_> {
+    /// Mounts a share of this file system, does something there and unmounts it; `suffix` says which share.
+    pub fn mounted(
+        &mut self,
+        suffix: &str,
+        options: &str,
+        work: impl FnOnce(&mut Self, &str) -> Outcome,
+    ) -> Outcome {
+        let (tag, target) =
+            (format!("{}{suffix}", self.place), format!("/mnt/{}{suffix}-{}", self.place, self.mounts));
+        self.mounts += 1;
+        self.vm.mount(&tag, &target, options)?;
+        match work(self, &target) {
+            Ok(()) => Ok(self.vm.umount(&target)?),
+            Err(error) => {
+                // What went wrong is the news; what is still open must not keep the next check from mounting.
+                let _ = self.vm.run(Op::Umount(target.into(), true));
+                Err(error)
+            }
+        }
+    }
+
+    /// A directory for one check, in the share: its name, empty on the host.
+    pub fn fresh_dir(&self, name: &str) -> io::Result<PathBuf> {
+        let dir = self.dir.join(name);
+        match fs::remove_dir_all(&dir) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        fs::create_dir(&dir)?;
+        Ok(dir)
+    }
+
+    /// How many of something: all in a full run, a tenth in a light one.
+    pub fn count(&self, full: u32) -> u32 {
+        match self.boot.scope {
+            Scope::Full => full,
+            Scope::Light => full / 10,
+        }
+    }
+}
+
+/// A file's difference from its content, on the host.
+pub fn ensure_content(path: &Path, content: Content) -> Outcome {
+    let differs = content.differs_from(&fs::File::open(path)?)?;
+    ensure_eq!(differs, None, "the first difference of {} on the host", path.display());
+    Ok(())
+}
+
+/// An operation that must fail, and with what.
+pub fn ensure_errno<T>(result: Result<T, VmError>, errnos: &[i32], what: &str) -> Outcome {
+    match result {
+        Ok(_) => Err(format!("{what}: it was possible").into()),
+        Err(error) if error.errno().is_some_and(|errno| errnos.contains(&errno)) => Ok(()),
+        Err(error) => Err(format!("{what}: {error}, expected one of {errnos:?}").into()),
+    }
+}
+
+/// The status and the reason of an end.
+pub fn ensure_ended(ended: &Ended, status: i32, reason: &str) -> Outcome {
+    ensure_eq!(ended.status, Some(status), "the exit status\n{}", ended.console);
+    ensure_eq!(ended.report.reason, reason, "the reason in the report {}", ended.report.all);
+    Ok(())
+}

@@ -1,0 +1,155 @@
+//! The machine itself: images, processors, memory, and every way to end.
+
+use std::time::Duration;
+
+use libtest_mimic::Trial;
+use tests::guest::{End, Op};
+use tests::vm::{Kernel, Share, Vm};
+
+use crate::harness::{Outcome, Places, end_current, ensure, ensure_ended, ensure_eq, trial};
+
+type MachineCheck = fn(&'static str) -> Outcome;
+
+/// The checks that boot a machine of their own.
+pub fn trials(places: &Result<Places, String>, kernel: &'static str, trials: &mut Vec<Trial>) {
+    let checks: &[(&str, MachineCheck)] = &[
+        ("power-off-is-0", power_off),
+        ("reboot-is-32", reboot),
+        ("triple-fault-is-33", triple_fault),
+        ("panic-is-34", panic),
+        ("timeout-is-124", timeout),
+        ("bad-arguments-are-125", bad_arguments),
+        ("elf-image-boots", elf),
+        ("long-console-lines-survive", console),
+        ("memory-80m", memory_80m),
+        ("memory-too-little-for-the-kernel-is-125", memory_too_little),
+        ("memory-6g", memory_6g),
+        ("cpus-8", cpus_8),
+        ("cpus-32", cpus_32),
+        ("default-window", default_window),
+    ];
+    for &(name, check) in checks {
+        let name = format!("{}/machine/{name}", kernel.trim_end_matches("-cloud"));
+        trials.push(trial(name, places, move |_| {
+            end_current();
+            check(kernel)
+        }));
+    }
+}
+
+fn power_off(kernel: &'static str) -> Outcome {
+    let vm = Vm::builder(&Kernel::find(kernel)?).boot()?;
+    ensure_ended(&vm.power_off()?, 0, "power-off")
+}
+
+fn reboot(kernel: &'static str) -> Outcome {
+    let vm = Vm::builder(&Kernel::find(kernel)?).boot()?;
+    ensure_ended(&vm.end(End::Reboot)?, 32, "reset")
+}
+
+fn triple_fault(kernel: &'static str) -> Outcome {
+    let vm = Vm::builder(&Kernel::find(kernel)?).cmdline_extra("reboot=t").boot()?;
+    ensure_ended(&vm.end(End::Reboot)?, 33, "crash")
+}
+
+fn panic(kernel: &'static str) -> Outcome {
+    let vm = Vm::builder(&Kernel::find(kernel)?).boot()?;
+    let ended = vm.end(End::Panic)?;
+    ensure_ended(&ended, 34, "panic")?;
+    ensure!(ended.console.contains("Kernel panic"), "the console does not say why:\n{}", ended.console);
+    Ok(())
+}
+
+fn timeout(kernel: &'static str) -> Outcome {
+    let vm = Vm::builder(&Kernel::find(kernel)?).argument("--timeout").argument("3s").start()?;
+    ensure_ended(&vm.wait()?, 124, "timeout")
+}
+
+/// What cannot be is refused before anything starts, by name.
+fn bad_arguments(kernel: &'static str) -> Outcome {
+    let refused = |share: Share, named: &str| -> Outcome {
+        let ended = Vm::builder(&Kernel::find(kernel)?).share(share).start()?.wait()?;
+        ensure_eq!(ended.status, Some(125), "the exit status\n{}", ended.console);
+        ensure!(ended.console.contains(named), "the error does not say {named:?}:\n{}", ended.console);
+        Ok(())
+    };
+    refused(Share::new("t", "/no/such/directory"), "/no/such/directory")?;
+    refused(Share::new("t", "/tmp").window("33M"), "34M")?;
+    refused(Share::new("t", "/tmp").dax("allways"), "always")?;
+    refused(Share::new(&"t".repeat(37), "/tmp"), "36")
+}
+
+fn elf(kernel: &'static str) -> Outcome {
+    let mut vm = Vm::builder(&Kernel::find(kernel)?.elf()).boot()?;
+    let found = vm.read_text("/proc/version")?;
+    let version = kernel.trim_end_matches("-cloud");
+    ensure!(found.contains(&format!("Linux version {version}.")), "booted {found}");
+    ensure_ended(&vm.power_off()?, 0, "power-off")
+}
+
+fn console(kernel: &'static str) -> Outcome {
+    let mut vm = Vm::builder(&Kernel::find(kernel)?).boot()?;
+    for len in [1, 4095, 4096, 65_536] {
+        let text: String = ('a'..='z').cycle().take(len).collect();
+        let echo: String = vm.call(&Op::Echo(text.clone()))?;
+        ensure!(echo == text, "{len} characters came back as {}", echo.len());
+    }
+    ensure_ended(&vm.power_off()?, 0, "power-off")
+}
+
+/// What the kernel counts must be what was given, less what it needs for itself.
+fn memory(kernel: &'static str, size: &str, least: u64, most: u64) -> Outcome {
+    let mut vm = Vm::builder(&Kernel::find(kernel)?).memory(size).boot()?;
+    let total = vm.meminfo_kib("MemTotal")? >> 10;
+    ensure!((least..=most).contains(&total), "MemTotal is {total} MiB of {size}");
+    ensure_ended(&vm.power_off()?, 0, "power-off")
+}
+
+/// About the least that these kernels boot in: unpacked, they reach from 16 MiB to 66 MiB and beyond.
+fn memory_80m(kernel: &'static str) -> Outcome {
+    memory(kernel, "80M", 16, 80)
+}
+
+/// A kernel that ends beyond the memory is refused with the reason, and not started to die without a word.
+fn memory_too_little(kernel: &'static str) -> Outcome {
+    let ended = Vm::builder(&Kernel::find(kernel)?).memory("64M").start()?.wait()?;
+    ensure_eq!(ended.status, Some(125), "the exit status\n{}", ended.console);
+    ensure!(ended.console.contains("memory"), "the error does not speak of memory:\n{}", ended.console);
+    Ok(())
+}
+
+/// Beyond the hole below 4 GiB.
+fn memory_6g(kernel: &'static str) -> Outcome {
+    memory(kernel, "6G", 5800, 6144)
+}
+
+fn cpus(kernel: &'static str, cpus: u32) -> Outcome {
+    let mut vm = Vm::builder(&Kernel::find(kernel)?).cpus(cpus).deadline(Duration::from_secs(300)).boot()?;
+    let online = vm.read_text("/sys/devices/system/cpu/online")?;
+    ensure_eq!(online.trim(), format!("0-{}", cpus - 1), "processors online");
+    ensure_ended(&vm.power_off()?, 0, "power-off")
+}
+
+fn cpus_8(kernel: &'static str) -> Outcome {
+    cpus(kernel, 8)
+}
+
+fn cpus_32(kernel: &'static str) -> Outcome {
+    cpus(kernel, 32)
+}
+
+/// A share without a word about its window has one, and it costs the guest little.
+fn default_window(kernel: &'static str) -> Outcome {
+    let dir = tempfile::tempdir()?;
+    std::fs::write(dir.path().join("file"), "shared")?;
+    let mut vm = Vm::builder(&Kernel::find(kernel)?).share(Share::new("t", dir.path())).boot()?;
+    let device = vm.virtio_fs_devices()?.into_iter().next().ok_or("no virtio-fs device")?;
+    ensure_eq!(device.driver.as_deref(), Some("virtio-pci"));
+    let largest = device.resources.iter().map(|(start, end, _)| end - start + 1).max().unwrap_or(0);
+    // 16 MiB of guest memory a GiB of window, and at most about 2 % of 512 MiB.
+    ensure!((32 << 20..=1 << 30).contains(&largest), "the window's BAR is {} MiB", largest >> 20);
+    vm.mount("t", "/mnt", "dax=always")?;
+    ensure_eq!(vm.read_bytes("/mnt/file", 0, 10)?, b"shared");
+    vm.umount("/mnt")?;
+    ensure_ended(&vm.power_off()?, 0, "power-off")
+}
