@@ -4,12 +4,12 @@
 //! it into a [`Vm`] (see `builder.rs`, which reads as the recipe); [`Vm::run`] runs the guest to its end and returns a
 //! [`Report`]. [`Vm::ending`] gives the means to end it from another thread.
 
-pub mod arch;
+mod arch;
 mod boot;
 mod builder;
 pub mod cli;
 pub mod config;
-pub mod console;
+mod console;
 mod device_manager;
 mod event_loop;
 mod exit;

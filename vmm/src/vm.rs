@@ -106,7 +106,7 @@ impl Vm {
         Vm { vcpus: Vec::new(), idle_vcpus: vcpus, parts, ending }
     }
 
-    /// Builds a VM from its configuration. See [`crate::builder`] for the steps.
+    /// Builds a VM from its configuration. The steps are in `builder.rs`.
     ///
     /// # Errors
     /// See [`BuildError`].
