@@ -152,7 +152,7 @@ fn give_ports(command: &mut Command, ports: Vec<OwnedFd>) {
     let prepare = move || {
         for (port, number) in ports.iter().zip(FIRST_PORT_FD..) {
             // The numbers are free: the daemon has a few dozen descriptors open.
-            if unsafe_dup2(port.as_raw_fd(), number) < 0 {
+            if duplicate(port.as_raw_fd(), number) < 0 {
                 return Err(std::io::Error::last_os_error());
             }
         }
@@ -162,7 +162,7 @@ fn give_ports(command: &mut Command, ports: Vec<OwnedFd>) {
     unsafe { command.pre_exec(prepare) };
 }
 
-fn unsafe_dup2(from: RawFd, to: RawFd) -> RawFd {
+fn duplicate(from: RawFd, to: RawFd) -> RawFd {
     // SAFETY: dup2 touches no memory; in the forked child no other code owns the descriptor `to`.
     unsafe { libc::dup2(from, to) }
 }
