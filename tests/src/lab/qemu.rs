@@ -123,7 +123,8 @@ fn machine_arguments(paths: &Paths, kernel: &Path, initramfs: &Path) -> Vec<Stri
         "-fsdev",
         &format!("local,id=root,path=/,security_model={security},multidevs=remap"),
         "-device",
-        "virtio-9p-pci,fsdev=root,mount_tag=root",
+        // Requests are taken up by the thread that makes them: a wake-up less for each, and opening a file takes dozens.
+        "virtio-9p-pci,ioeventfd=off,fsdev=root,mount_tag=root",
     ]
     .map(str::to_owned)
     .into();
