@@ -186,15 +186,14 @@ fn collect(stream: &mut Option<OwnedFd>, kind: Kind, port: &mut Port) {
     let Some(fd) = stream else { return };
     let mut chunk = vec![0; CHUNK];
     match rustix::io::read(&*fd, &mut chunk) {
-        Ok(count @ 1..) => {
+        Ok(0) => *stream = None,
+        Ok(count) => {
             chunk.truncate(count);
             port.send(Frame::new(kind, chunk));
         }
         Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => {}
         // A terminal whose last user is gone says EIO.
-        Ok(0) | Err(_) => *stream = None,
-        #[allow(unreachable_patterns)]
-        Ok(_) => {}
+        Err(_) => *stream = None,
     }
 }
 

@@ -21,6 +21,8 @@ pub mod cli;
 mod daemon;
 mod direct;
 pub mod init;
+#[cfg(test)]
+mod lab_tests;
 mod paths;
 mod process;
 mod protocol;

@@ -123,7 +123,8 @@ fn machine_arguments(paths: &Paths, kernel: &Path, initramfs: &Path) -> Vec<Stri
         "-fsdev",
         &format!("local,id=root,path=/,security_model={security},multidevs=remap"),
         "-device",
-        "virtio-9p-pci,fsdev=root,mount_tag=root",
+        // Requests are taken up by the thread that makes them: a wake-up less for each, and opening a file takes dozens.
+        "virtio-9p-pci,ioeventfd=off,fsdev=root,mount_tag=root",
     ]
     .map(str::to_owned)
     .into();
@@ -152,7 +153,7 @@ fn give_ports(command: &mut Command, ports: Vec<OwnedFd>) {
     let prepare = move || {
         for (port, number) in ports.iter().zip(FIRST_PORT_FD..) {
             // The numbers are free: the daemon has a few dozen descriptors open.
-            if unsafe_dup2(port.as_raw_fd(), number) < 0 {
+            if duplicate(port.as_raw_fd(), number) < 0 {
                 return Err(std::io::Error::last_os_error());
             }
         }
@@ -162,7 +163,7 @@ fn give_ports(command: &mut Command, ports: Vec<OwnedFd>) {
     unsafe { command.pre_exec(prepare) };
 }
 
-fn unsafe_dup2(from: RawFd, to: RawFd) -> RawFd {
+fn duplicate(from: RawFd, to: RawFd) -> RawFd {
     // SAFETY: dup2 touches no memory; in the forked child no other code owns the descriptor `to`.
     unsafe { libc::dup2(from, to) }
 }
