@@ -1,5 +1,6 @@
 //! The lab, the guest's agent and what guest tests are written with.
 
+pub mod bench;
 pub mod guest;
 pub mod lab;
 pub mod vm;

@@ -11,7 +11,7 @@ use rustix::system::RebootCommand;
 use rustix::termios::{OptionalActions, tcdrain, tcgetattr, tcsetattr};
 
 use super::ops::system;
-use super::wire::{READY, write_line};
+use super::wire::{INIT, READY, write_line};
 use super::{Agent, End, Failure, GuestPath, Mount};
 
 /// Kernel messages up to this level (notice) go to the console while the agent has it.
@@ -21,6 +21,7 @@ type Console = Arc<Mutex<File>>;
 
 /// Boots the guest's user space and serves the driver; returns only if the console is lost.
 pub fn init() -> Result<(), Failure> {
+    println!("{INIT}");
     for (fstype, target) in [("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev"), ("tmpfs", "/tmp")] {
         mount_once(fstype, target)?;
     }

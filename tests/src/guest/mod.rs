@@ -15,4 +15,4 @@ pub use agent::Agent;
 pub use init::init;
 pub use name::{Bytes, GuestPath};
 pub use proto::*;
-pub use wire::{Line, READY, read_line, write_line};
+pub use wire::{INIT, Line, READY, read_line, write_line};

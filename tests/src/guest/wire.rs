@@ -5,6 +5,9 @@ use std::io::{self, BufRead, Write};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+/// The first line of the guest's init, for those who measure.
+pub const INIT: &str = "INIT";
+
 /// The line that says that the agent listens.
 pub const READY: &str = "READY";
 

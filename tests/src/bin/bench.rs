@@ -1,0 +1,46 @@
+//! The benchmarks; `scripts/bench` runs this program on the lab's host.
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use tests::bench::{BenchError, Table, boot};
+
+#[derive(Parser)]
+struct Cli {
+    #[command(subcommand)]
+    benchmark: Benchmark,
+}
+
+#[derive(Subcommand)]
+enum Benchmark {
+    /// Boot to init, against QEMU's microvm
+    Boot {
+        /// Boots with each monitor
+        #[arg(short, default_value_t = 5)]
+        n: usize,
+        /// The kernel, as scripts/fetch-kernel names it
+        #[arg(long, default_value = "6.12-cloud")]
+        kernel: String,
+    },
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse().benchmark) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(benchmark: Benchmark) -> Result<(), BenchError> {
+    if std::env::var_os("LAB_TMPFS").is_none() {
+        return Err(BenchError::NoLab);
+    }
+    let (name, table): (_, Table) = match benchmark {
+        Benchmark::Boot { n, kernel } => ("boot", boot::run(&kernel, n)?),
+    };
+    table.print();
+    table.write(name).map_err(|source| BenchError::System("write target/bench", source))
+}
