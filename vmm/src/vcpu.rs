@@ -11,8 +11,11 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use crate::exit::{Buses, Fatal};
 
-/// Interrupts KVM_RUN; its handler does nothing.
-const KICK: libc::c_int = 0;
+/// The signal that interrupts KVM_RUN; its handler does nothing.
+fn kick_signal() -> libc::c_int {
+    SIGRTMIN()
+}
+
 /// How long a kick may take before it is repeated: it gets lost when it arrives between the look at the flag and
 /// KVM_RUN.
 const KICK_AGAIN: Duration = Duration::from_millis(1);
@@ -35,7 +38,7 @@ impl Vcpu {
         on_fatal: impl FnOnce(Fatal) + Send + 'static,
     ) -> io::Result<Vcpu> {
         extern "C" fn kicked(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
-        register_signal_handler(SIGRTMIN() + KICK, kicked)?;
+        register_signal_handler(kick_signal(), kicked)?;
         let stop = Arc::new(AtomicBool::new(false));
         let stopping = Arc::clone(&stop);
         let thread = std::thread::Builder::new().name(format!("vcpu-{id}")).spawn(move || {
@@ -63,12 +66,61 @@ impl Drop for Vcpu {
         self.stop.store(true, Ordering::Release);
         let Some(thread) = self.thread.take() else { return };
         while !thread.is_finished() {
-            if thread.kill(KICK).is_err() {
-                break;
+            if let Err(error) = thread.kill(kick_signal()) {
+                tracing::error!(%error, "Cannot interrupt a vCPU");
             }
             std::thread::sleep(KICK_AGAIN);
         }
         // A panic of the thread has been reported by the panic hook.
         let _ = thread.join();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::{GuestRam, Slots};
+    use kvm_ioctls::Kvm;
+    use std::sync::mpsc;
+    use std::time::Instant;
+
+    /// A vCPU in real mode that runs `code` at address 0x1000.
+    fn vcpu(code: &[u8]) -> Option<(Vcpu, mpsc::Receiver<Fatal>, GuestRam)> {
+        let Ok(kvm) = Kvm::new() else {
+            eprintln!("SKIPPED: no /dev/kvm here");
+            return None;
+        };
+        let vm = Arc::new(kvm.create_vm().unwrap());
+        vm.create_irq_chip().unwrap();
+        let ram = GuestRam::new(64 << 20).unwrap();
+        let memory = ram.describe().unwrap();
+        vm_memory::Bytes::write_slice(&memory, code, vm_memory::GuestAddress(0x1000)).unwrap();
+        let slots = Slots::new(Arc::clone(&vm));
+        let (range, host) = ram.ranges().next().unwrap();
+        // SAFETY: `ram` is returned beside the vCPU, and tests drop it last.
+        std::mem::forget(unsafe { slots.map(host, range.end, 0) }.unwrap());
+        let fd = vm.create_vcpu(0).unwrap();
+        let mut sregs = fd.get_sregs().unwrap();
+        (sregs.cs.base, sregs.cs.selector) = (0, 0);
+        fd.set_sregs(&sregs).unwrap();
+        let regs = kvm_bindings::kvm_regs { rip: 0x1000, rflags: 2, ..Default::default() };
+        fd.set_regs(&regs).unwrap();
+        let (sender, fatal) = mpsc::channel();
+        let vcpu = Vcpu::start(0, fd, Buses::default(), move |why| sender.send(why).unwrap()).unwrap();
+        Some((vcpu, fatal, ram))
+    }
+
+    #[test]
+    fn a_halted_and_a_spinning_vcpu_are_stopped_at_once() {
+        // hlt; and jmp to itself.
+        for code in [&[0xf4][..], &[0xeb, 0xfe]] {
+            let Some((vcpu, fatal, ram)) = vcpu(code) else { return };
+            std::thread::sleep(Duration::from_millis(50));
+            let start = Instant::now();
+            drop(vcpu);
+            assert!(start.elapsed() < Duration::from_secs(5), "{code:x?}");
+            assert!(fatal.try_recv().is_err(), "nothing was wrong");
+            drop(ram);
+        }
     }
 }
