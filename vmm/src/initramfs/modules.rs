@@ -1,5 +1,6 @@
 //! Kernel modules on the host: which files a list of names stands for, and in which order they are loaded.
 
+use std::cell::OnceCell;
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
 use std::io::{self, Read};
@@ -71,7 +72,7 @@ pub struct Module {
 #[derive(Debug)]
 pub struct ModuleTree {
     dir: PathBuf,
-    files: BTreeMap<String, PathBuf>,
+    files: OnceCell<BTreeMap<String, PathBuf>>,
     builtin: HashSet<String>,
 }
 
@@ -79,15 +80,23 @@ impl ModuleTree {
     /// Opens `lib/modules/VERSION`, or the only such directory below a root file system or an unpacked package.
     pub fn open(dir: &Path) -> Result<Self, ModuleError> {
         let dir = version_dir(dir)?;
-        let mut files = BTreeMap::new();
-        scan(&dir, &mut files)?;
         let list = dir.join("modules.builtin");
         let builtin = match fs::read_to_string(&list) {
             Ok(lines) => lines.lines().filter_map(|line| module_name(Path::new(line))).collect(),
             Err(error) if error.kind() == io::ErrorKind::NotFound => HashSet::new(),
             Err(source) => return Err(ModuleError::Read { path: list, source }),
         };
-        Ok(Self { dir, files, builtin })
+        Ok(Self { dir, files: OnceCell::new(), builtin })
+    }
+
+    /// All module files by name. They are only looked for when a module is not built in: a distribution has thousands.
+    fn files(&self) -> Result<&BTreeMap<String, PathBuf>, ModuleError> {
+        if let Some(files) = self.files.get() {
+            return Ok(files);
+        }
+        let mut files = BTreeMap::new();
+        scan(&self.dir, &mut files)?;
+        Ok(self.files.get_or_init(|| files))
     }
 
     /// The kernel's version, as `uname -r` prints it.
@@ -120,14 +129,14 @@ impl ModuleTree {
         if self.builtin.contains(name) || !seen.insert(name.to_owned()) {
             return Ok(());
         }
-        let path = self
-            .files
+        let files = self.files()?;
+        let path = files
             .get(name)
             .ok_or_else(|| ModuleError::NotFound { name: name.to_owned(), dir: self.dir.clone() })?;
         let bytes = read_module(path)?;
         let info =
             Modinfo::read(&bytes).map_err(|source| ModuleError::NotAModule { path: path.clone(), source })?;
-        for wanted in info.softdeps.iter().filter_map(|softdep| self.softdep(softdep)) {
+        for wanted in info.softdeps.iter().filter_map(|softdep| file_of_softdep(files, softdep)) {
             self.visit(&wanted, seen, modules)?;
         }
         for dependency in &info.depends {
@@ -136,16 +145,16 @@ impl ModuleTree {
         modules.push(Module { name: name.to_owned(), path: path.clone(), bytes });
         Ok(())
     }
+}
 
-    /// The file a soft dependency stands for, if any. Those on algorithms (`crypto-crc32c`) name an alias that every
-    /// implementation carries; the generic one always works.
-    fn softdep(&self, softdep: &str) -> Option<String> {
-        let name = canonical(softdep);
-        let algorithm = name.strip_prefix("crypto_").unwrap_or(&name);
-        [name.clone(), algorithm.to_owned(), format!("{algorithm}_generic")]
-            .into_iter()
-            .find(|candidate| self.files.contains_key(candidate))
-    }
+/// The module a soft dependency stands for, if any. Those on algorithms (`crypto-crc32c`) name an alias that every
+/// implementation carries; the generic one always works.
+fn file_of_softdep(files: &BTreeMap<String, PathBuf>, softdep: &str) -> Option<String> {
+    let name = canonical(softdep);
+    let algorithm = name.strip_prefix("crypto_").unwrap_or(&name);
+    [name.clone(), algorithm.to_owned(), format!("{algorithm}_generic")]
+        .into_iter()
+        .find(|candidate| files.contains_key(candidate))
 }
 
 /// The one directory below `dir`, or `dir` itself, that holds the modules of a kernel.
