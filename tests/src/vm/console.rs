@@ -65,7 +65,9 @@ pub fn follow(
         let _ = sender.send(Event::Broken(why));
     });
     thread::spawn(move || {
-        for line in BufReader::new(errors).lines().map_while(Result::ok) {
+        // After a failure the program shows the end of the console, in which our own messages are only noise.
+        let lines = BufReader::new(errors).lines().map_while(Result::ok);
+        for line in lines.filter(|line| !line.trim_start().starts_with('@')) {
             error_text.push(format!("(stderr) {line}"));
         }
     });

@@ -8,7 +8,7 @@ use tests::vm::{Kernel, Share, Vm};
 
 use crate::harness::{Outcome, Places, end_current, ensure, ensure_ended, ensure_eq, trial};
 
-type MachineCheck = fn(&'static str) -> Outcome;
+type MachineCheck = fn(&Kernel, &Places) -> Outcome;
 
 /// The checks that boot a machine of their own.
 pub fn trials(places: &Result<Places, String>, kernel: &'static str, trials: &mut Vec<Trial>) {
@@ -30,45 +30,45 @@ pub fn trials(places: &Result<Places, String>, kernel: &'static str, trials: &mu
     ];
     for &(name, check) in checks {
         let name = format!("{}/machine/{name}", kernel.trim_end_matches("-cloud"));
-        trials.push(trial(name, places, move |_| {
+        trials.push(trial(name, places, move |places| {
             end_current();
-            check(kernel)
+            check(&Kernel::find(kernel)?, places)
         }));
     }
 }
 
-fn power_off(kernel: &'static str) -> Outcome {
-    let vm = Vm::builder(&Kernel::find(kernel)?).boot()?;
+fn power_off(kernel: &Kernel, _: &Places) -> Outcome {
+    let vm = Vm::builder(kernel).boot()?;
     ensure_ended(&vm.power_off()?, 0, "power-off")
 }
 
-fn reboot(kernel: &'static str) -> Outcome {
-    let vm = Vm::builder(&Kernel::find(kernel)?).boot()?;
+fn reboot(kernel: &Kernel, _: &Places) -> Outcome {
+    let vm = Vm::builder(kernel).boot()?;
     ensure_ended(&vm.end(End::Reboot)?, 32, "reset")
 }
 
-fn triple_fault(kernel: &'static str) -> Outcome {
-    let vm = Vm::builder(&Kernel::find(kernel)?).cmdline_extra("reboot=t").boot()?;
+fn triple_fault(kernel: &Kernel, _: &Places) -> Outcome {
+    let vm = Vm::builder(kernel).cmdline_extra("reboot=t").boot()?;
     ensure_ended(&vm.end(End::Reboot)?, 33, "crash")
 }
 
-fn panic(kernel: &'static str) -> Outcome {
-    let vm = Vm::builder(&Kernel::find(kernel)?).boot()?;
+fn panic(kernel: &Kernel, _: &Places) -> Outcome {
+    let vm = Vm::builder(kernel).boot()?;
     let ended = vm.end(End::Panic)?;
     ensure_ended(&ended, 34, "panic")?;
     ensure!(ended.console.contains("Kernel panic"), "the console does not say why:\n{}", ended.console);
     Ok(())
 }
 
-fn timeout(kernel: &'static str) -> Outcome {
-    let vm = Vm::builder(&Kernel::find(kernel)?).argument("--timeout").argument("3s").start()?;
+fn timeout(kernel: &Kernel, _: &Places) -> Outcome {
+    let vm = Vm::builder(kernel).argument("--timeout").argument("3s").start()?;
     ensure_ended(&vm.wait()?, 124, "timeout")
 }
 
 /// What cannot be is refused before anything starts, by name.
-fn bad_arguments(kernel: &'static str) -> Outcome {
+fn bad_arguments(kernel: &Kernel, _: &Places) -> Outcome {
     let refused = |share: Share, named: &str| -> Outcome {
-        let ended = Vm::builder(&Kernel::find(kernel)?).share(share).start()?.wait()?;
+        let ended = Vm::builder(kernel).share(share).start()?.wait()?;
         ensure_eq!(ended.status, Some(125), "the exit status\n{}", ended.console);
         ensure!(ended.console.contains(named), "the error does not say {named:?}:\n{}", ended.console);
         Ok(())
@@ -79,16 +79,16 @@ fn bad_arguments(kernel: &'static str) -> Outcome {
     refused(Share::new(&"t".repeat(37), "/tmp"), "36")
 }
 
-fn elf(kernel: &'static str) -> Outcome {
-    let mut vm = Vm::builder(&Kernel::find(kernel)?.elf()).boot()?;
+fn elf(kernel: &Kernel, _: &Places) -> Outcome {
+    let mut vm = Vm::builder(&kernel.clone().elf()).boot()?;
     let found = vm.read_text("/proc/version")?;
-    let version = kernel.trim_end_matches("-cloud");
+    let version = kernel.name().trim_end_matches("-cloud");
     ensure!(found.contains(&format!("Linux version {version}.")), "booted {found}");
     ensure_ended(&vm.power_off()?, 0, "power-off")
 }
 
-fn console(kernel: &'static str) -> Outcome {
-    let mut vm = Vm::builder(&Kernel::find(kernel)?).boot()?;
+fn console(kernel: &Kernel, _: &Places) -> Outcome {
+    let mut vm = Vm::builder(kernel).boot()?;
     for len in [1, 4095, 4096, 65_536] {
         let text: String = ('a'..='z').cycle().take(len).collect();
         let echo: String = vm.call(&Op::Echo(text.clone()))?;
@@ -98,51 +98,51 @@ fn console(kernel: &'static str) -> Outcome {
 }
 
 /// What the kernel counts must be what was given, less what it needs for itself.
-fn memory(kernel: &'static str, size: &str, least: u64, most: u64) -> Outcome {
-    let mut vm = Vm::builder(&Kernel::find(kernel)?).memory(size).boot()?;
+fn memory(kernel: &Kernel, size: &str, least: u64, most: u64) -> Outcome {
+    let mut vm = Vm::builder(kernel).memory(size).boot()?;
     let total = vm.meminfo_kib("MemTotal")? >> 10;
     ensure!((least..=most).contains(&total), "MemTotal is {total} MiB of {size}");
     ensure_ended(&vm.power_off()?, 0, "power-off")
 }
 
 /// About the least that these kernels boot in: unpacked, they reach from 16 MiB to 66 MiB and beyond.
-fn memory_80m(kernel: &'static str) -> Outcome {
+fn memory_80m(kernel: &Kernel, _: &Places) -> Outcome {
     memory(kernel, "80M", 16, 80)
 }
 
 /// A kernel that ends beyond the memory is refused with the reason, and not started to die without a word.
-fn memory_too_little(kernel: &'static str) -> Outcome {
-    let ended = Vm::builder(&Kernel::find(kernel)?).memory("64M").start()?.wait()?;
+fn memory_too_little(kernel: &Kernel, _: &Places) -> Outcome {
+    let ended = Vm::builder(kernel).memory("64M").start()?.wait()?;
     ensure_eq!(ended.status, Some(125), "the exit status\n{}", ended.console);
     ensure!(ended.console.contains("memory"), "the error does not speak of memory:\n{}", ended.console);
     Ok(())
 }
 
 /// Beyond the hole below 4 GiB.
-fn memory_6g(kernel: &'static str) -> Outcome {
+fn memory_6g(kernel: &Kernel, _: &Places) -> Outcome {
     memory(kernel, "6G", 5800, 6144)
 }
 
-fn cpus(kernel: &'static str, cpus: u32) -> Outcome {
-    let mut vm = Vm::builder(&Kernel::find(kernel)?).cpus(cpus).deadline(Duration::from_secs(300)).boot()?;
+fn cpus(kernel: &Kernel, cpus: u32) -> Outcome {
+    let mut vm = Vm::builder(kernel).cpus(cpus).deadline(Duration::from_secs(300)).boot()?;
     let online = vm.read_text("/sys/devices/system/cpu/online")?;
     ensure_eq!(online.trim(), format!("0-{}", cpus - 1), "processors online");
     ensure_ended(&vm.power_off()?, 0, "power-off")
 }
 
-fn cpus_8(kernel: &'static str) -> Outcome {
+fn cpus_8(kernel: &Kernel, _: &Places) -> Outcome {
     cpus(kernel, 8)
 }
 
-fn cpus_32(kernel: &'static str) -> Outcome {
+fn cpus_32(kernel: &Kernel, _: &Places) -> Outcome {
     cpus(kernel, 32)
 }
 
 /// A share without a word about its window has one, and it costs the guest little.
-fn default_window(kernel: &'static str) -> Outcome {
-    let dir = tempfile::tempdir()?;
+fn default_window(kernel: &Kernel, places: &Places) -> Outcome {
+    let dir = tempfile::tempdir_in(places.dir("tmpfs"))?;
     std::fs::write(dir.path().join("file"), "shared")?;
-    let mut vm = Vm::builder(&Kernel::find(kernel)?).share(Share::new("t", dir.path())).boot()?;
+    let mut vm = Vm::builder(kernel).share(Share::new("t", dir.path())).boot()?;
     let device = vm.virtio_fs_devices()?.into_iter().next().ok_or("no virtio-fs device")?;
     ensure_eq!(device.driver.as_deref(), Some("virtio-pci"));
     let largest = device.resources.iter().map(|(start, end, _)| end - start + 1).max().unwrap_or(0);
