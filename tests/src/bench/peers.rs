@@ -1,13 +1,18 @@
 //! The peers, as Debian packages them and `scripts/fetch-qemu` unpacks them.
 
 use std::env;
-use std::ffi::OsString;
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::BenchError;
 use crate::vm::{in_target, scratch};
+
+const PROGRAM: &str = "usr/bin/qemu-system-x86_64";
+const LIBRARIES: [&str; 3] =
+    ["usr/lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu/pulseaudio", "lib/x86_64-linux-gnu"];
+const FIRMWARE: [&str; 2] = ["usr/share/qemu", "usr/share/seabios"];
 
 /// QEMU, copied to where it starts quickly.
 pub struct Qemu {
@@ -21,25 +26,26 @@ impl Qemu {
     /// It has not been fetched, or cannot be copied.
     pub fn find() -> Result<Qemu, BenchError> {
         let cache = env::var_os("DAXVM_CACHE").map_or_else(|| in_target("cache"), PathBuf::from);
-        let source = cache.join("qemu/usr");
+        let source = cache.join("qemu");
         let root = scratch().join("bench-qemu");
         if !root.exists() {
-            for part in ["bin/qemu-system-x86_64", "lib/x86_64-linux-gnu", "share/qemu", "share/seabios"] {
-                copy(&source.join(part), &root.join(part))?;
+            // Under its name only when it is whole.
+            let partial = root.with_extension("partial");
+            copy(&source.join(PROGRAM), &partial.join(PROGRAM))?;
+            for part in LIBRARIES.iter().chain(&FIRMWARE).filter(|part| source.join(part).exists()) {
+                copy(&source.join(part), &partial.join(part))?;
             }
+            fs::rename(&partial, &root).map_err(|source| BenchError::File(root.clone(), source))?;
         }
         Ok(Qemu { root })
     }
 
     /// A microvm with KVM, `memory` in QEMU's notation and the serial port on standard output.
     pub fn microvm(&self, memory: &str, cpus: u32) -> Command {
-        let lib = self.root.join("lib/x86_64-linux-gnu");
-        let mut path = OsString::from(&lib);
-        path.push(":");
-        path.push(lib.join("pulseaudio"));
-        let mut command = Command::new(self.root.join("bin/qemu-system-x86_64"));
-        command.env("LD_LIBRARY_PATH", path);
-        for firmware in ["share/qemu", "share/seabios"] {
+        let mut command = Command::new(self.root.join(PROGRAM));
+        let libraries: Vec<_> = LIBRARIES.iter().map(|part| self.root.join(part).into_os_string()).collect();
+        command.env("LD_LIBRARY_PATH", libraries.join(OsStr::new(":")));
+        for firmware in FIRMWARE {
             command.arg("-L").arg(self.root.join(firmware));
         }
         command.args(["-M", "microvm", "-accel", "kvm", "-cpu", "host", "-m", memory]);

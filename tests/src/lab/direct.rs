@@ -25,11 +25,11 @@ const DISK_SIZE: u64 = 16 << 30;
 pub fn hardware_kvm() -> bool {
     let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let flags = cpu.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
-    flags.split_whitespace().any(|flag| flag == "vmx" || flag == "svm") && creates_vm().is_ok()
+    flags.split_whitespace().any(|flag| flag == "vmx" || flag == "svm") && create_vm().is_ok()
 }
 
-/// Makes a virtual machine and ends it at once.
-pub fn creates_vm() -> io::Result<()> {
+/// Makes an empty virtual machine, which ends with its descriptor.
+pub fn create_vm() -> io::Result<OwnedFd> {
     let kvm = File::options().read(true).write(true).open("/dev/kvm")?;
     // SAFETY: KVM_CREATE_VM takes a number, not a pointer. The descriptor it returns is new and owned by nobody else.
     unsafe {
@@ -37,9 +37,8 @@ pub fn creates_vm() -> io::Result<()> {
         if vm < 0 {
             return Err(io::Error::last_os_error());
         }
-        drop(<OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(vm));
+        Ok(std::os::fd::FromRawFd::from_raw_fd(vm))
     }
-    Ok(())
 }
 
 /// Prepares the scratch directories and starts the agents. The mounts belong to a mount namespace of the daemon's: they
