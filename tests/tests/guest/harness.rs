@@ -26,6 +26,10 @@ pub type LastCheck = fn(Vm, &Places) -> Outcome;
 /// The file systems shared from, as the lab names them.
 pub const PLACES: [&str; 2] = ["ext4", "tmpfs"];
 
+/// The shares of each file system, by what follows its name in their tags. Nobody but the last check of a boot uses
+/// `-counts`.
+const SHARES: [&str; 5] = ["", "-small", "-never", "-ro", "-counts"];
+
 /// The file whose content checks compare, in every share.
 pub const BIG: Content = Content { seed: 64, len: 64 << 20 };
 
@@ -200,18 +204,25 @@ impl Boot {
         work(vm)
     }
 
+    /// The tags of the shares, in the order of their devices.
+    pub fn share_tags(self) -> impl Iterator<Item = String> {
+        PLACES.into_iter().flat_map(|place| SHARES.map(|suffix| format!("{place}{suffix}")))
+    }
+
     fn start(self, places: &Places) -> Result<Vm, Box<dyn Error>> {
         places.prepare()?;
         let mut builder = Vm::builder(&Kernel::find(self.kernel)?).cpus(self.cpus).memory("512M");
         for place in PLACES {
-            let main = places.dir(place).join("main");
-            let share = |suffix: &str, dir: &Path| Share::new(&format!("{place}{suffix}"), dir);
-            builder = builder
-                .share(share("", &main).window("128M").dax("always"))
-                .share(share("-small", &main).window("32M").dax("always"))
-                .share(share("-never", &main).window("32M").dax("never"))
-                .share(share("-ro", &main).window("32M").dax("always").read_only())
-                .share(share("-counts", &places.dir(place).join("counts")).window("128M").dax("always"));
+            for suffix in SHARES {
+                let dir = places.dir(place).join(if suffix == "-counts" { "counts" } else { "main" });
+                let share = Share::new(&format!("{place}{suffix}"), dir);
+                builder = builder.share(match suffix {
+                    "-small" => share.window("32M").dax("always"),
+                    "-never" => share.window("32M").dax("never"),
+                    "-ro" => share.window("32M").dax("always").read_only(),
+                    _ => share.window("128M").dax("always"),
+                });
+            }
         }
         let mut vm = builder.boot()?;
         let processors = vm.read_text("/sys/devices/system/cpu/online")?;

@@ -7,6 +7,7 @@ use tests::guest::{End, Op};
 use tests::vm::{Kernel, Share, Vm};
 
 use crate::harness::{Outcome, Places, end_current, ensure, ensure_ended, ensure_eq, trial};
+use crate::lifecycle::unbind_with_mappings_live;
 
 type MachineCheck = fn(&Kernel, &Places) -> Outcome;
 
@@ -27,6 +28,7 @@ pub fn trials(places: &Result<Places, String>, kernel: &'static str, trials: &mu
         ("cpus-8", cpus_8),
         ("cpus-32", cpus_32),
         ("default-window", default_window),
+        ("device-is-taken-away-with-mappings-live", unbind_with_mappings_live),
     ];
     for &(name, check) in checks {
         let name = format!("{}/machine/{name}", kernel.trim_end_matches("-cloud"));
