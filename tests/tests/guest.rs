@@ -38,6 +38,7 @@ fn main() -> ExitCode {
     }
     let conclusion = libtest_mimic::run(&arguments, trials(&places));
     harness::end_current();
+    harness::print_slowest();
     if let Ok(places) = places
         && let Err(error) = places.remove()
     {
@@ -56,7 +57,7 @@ fn trials(places: &Result<Places, String>) -> Vec<Trial> {
     ] {
         let boot = Boot { kernel, cpus, scope };
         for place in harness::PLACES {
-            boot.trials(places, place, place_checks(), &mut trials);
+            boot.trials(places, place, place_checks(scope), &mut trials);
         }
         boot.last_trials(places, lifecycle::last_checks(), &mut trials);
     }
@@ -66,15 +67,12 @@ fn trials(places: &Result<Places, String>) -> Vec<Trial> {
     trials
 }
 
-/// What is checked on every file system of every boot, in this order.
-fn place_checks() -> Checks {
-    [
-        dax::checks(),
-        io::checks(),
-        pressure::checks(),
-        tree::checks(),
-        attributes::checks(),
-        lifecycle::checks(),
-    ]
-    .concat()
+/// What is checked on every file system of a boot, in this order.
+fn place_checks(scope: Scope) -> Checks {
+    let mut checks = [dax::checks(), io::checks(), pressure::checks()].concat();
+    if scope == Scope::Full {
+        checks.extend([tree::checks(), attributes::checks()].concat());
+    }
+    checks.extend(lifecycle::checks());
+    checks
 }

@@ -6,7 +6,8 @@ use std::fmt::Display;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use libtest_mimic::{Completion, Failed, Trial};
 use tempfile::TempDir;
@@ -32,6 +33,21 @@ const SHARES: [&str; 5] = ["", "-small", "-never", "-ro", "-counts"];
 
 /// The file whose content checks compare, in every share.
 pub const BIG: Content = Content { seed: 64, len: 64 << 20 };
+
+/// The big file's SHA-256.
+pub static BIG_SHA256: LazyLock<String> = LazyLock::new(|| BIG.sha256());
+
+/// How long each test took: hosts that are emulated make the slowest ones matter.
+static TIMES: Mutex<Vec<(Duration, String)>> = Mutex::new(Vec::new());
+
+/// Says which tests took longest.
+pub fn print_slowest() {
+    let mut times = TIMES.lock().unwrap_or_else(PoisonError::into_inner);
+    times.sort_by_key(|(time, _)| std::cmp::Reverse(*time));
+    for (time, name) in times.iter().take(10).filter(|(time, _)| *time > Duration::from_secs(1)) {
+        println!("{:>7.1} s  {name}", time.as_secs_f64());
+    }
+}
 
 /// Returns an error unless a condition holds.
 macro_rules! ensure {
@@ -63,7 +79,7 @@ pub(crate) use {ensure, ensure_eq};
 pub enum Scope {
     /// Everything.
     Full,
-    /// The same checks with less data where that is what takes the time.
+    /// What processors and interrupts have a part in; names and attributes are the same with any number of them.
     Light,
 }
 
@@ -239,10 +255,13 @@ pub fn trial(
     run: impl FnOnce(&Places) -> Outcome + Send + 'static,
 ) -> Trial {
     let places = places.clone();
-    Trial::ignorable_test(name, move || match places {
+    Trial::ignorable_test(name.clone(), move || match places {
         Err(why) => Ok(Completion::ignored_with(why)),
         Ok(places) => {
-            run(&places).map(|()| Completion::Completed).map_err(|error| Failed::from(error.to_string()))
+            let start = Instant::now();
+            let outcome = run(&places);
+            TIMES.lock().unwrap_or_else(PoisonError::into_inner).push((start.elapsed(), name));
+            outcome.map(|()| Completion::Completed).map_err(|error| Failed::from(error.to_string()))
         }
     })
 }
@@ -291,14 +310,6 @@ impl Scene<'_> {
         }
         fs::create_dir(&dir)?;
         Ok(dir)
-    }
-
-    /// How many of something: all in a full run, a tenth in a light one.
-    pub fn count(&self, full: u32) -> u32 {
-        match self.boot.scope {
-            Scope::Full => full,
-            Scope::Light => full / 10,
-        }
     }
 }
 

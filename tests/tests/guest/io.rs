@@ -2,13 +2,15 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
+use std::sync::LazyLock;
 
 use tests::guest::data::Content;
 use tests::guest::{Access, DirectRead, FallocateHow, Op, Random};
 
-use crate::harness::{BIG, Checks, Outcome, Scene, ensure, ensure_content, ensure_eq};
+use crate::harness::{BIG, BIG_SHA256, Checks, Outcome, Scene, ensure, ensure_content, ensure_eq};
 
 const RANDOM: Random = Random { seed: 4000, count: 4000 };
+static RANDOM_SHA256: LazyLock<String> = LazyLock::new(|| BIG.random_sha256(RANDOM.seed, RANDOM.count));
 
 pub fn checks() -> Checks {
     vec![
@@ -28,7 +30,7 @@ pub fn checks() -> Checks {
 }
 
 /// The digest of the big file, read in some way, through a fresh mount.
-fn digest_matches(scene: &mut Scene, suffix: &str, options: &str, how: Access, expected: String) -> Outcome {
+fn digest_matches(scene: &mut Scene, suffix: &str, options: &str, how: Access, expected: &str) -> Outcome {
     scene.mounted(suffix, options, |scene, mnt| {
         let digest = scene.vm.sha256(&format!("{mnt}/big"), how)?;
         ensure_eq!(digest.sha256, expected, "SHA-256 of {} bytes by {how:?}", digest.bytes);
@@ -37,27 +39,24 @@ fn digest_matches(scene: &mut Scene, suffix: &str, options: &str, how: Access, e
 }
 
 fn read(scene: &mut Scene) -> Outcome {
-    digest_matches(scene, "", "dax=always", Access::Read(128 << 10), BIG.sha256())
+    digest_matches(scene, "", "dax=always", Access::Read(128 << 10), &BIG_SHA256)
 }
 
 fn mmap(scene: &mut Scene) -> Outcome {
-    digest_matches(scene, "", "dax=always", Access::Mmap, BIG.sha256())
+    digest_matches(scene, "", "dax=always", Access::Mmap, &BIG_SHA256)
 }
 
 fn random_read(scene: &mut Scene) -> Outcome {
-    let expected = BIG.random_sha256(RANDOM.seed, RANDOM.count);
-    digest_matches(scene, "", "dax=always", Access::RandomRead(RANDOM), expected)
+    digest_matches(scene, "", "dax=always", Access::RandomRead(RANDOM), &RANDOM_SHA256)
 }
 
 fn random_mmap(scene: &mut Scene) -> Outcome {
-    let expected = BIG.random_sha256(RANDOM.seed, RANDOM.count);
-    digest_matches(scene, "", "dax=always", Access::RandomMmap(RANDOM), expected)
+    digest_matches(scene, "", "dax=always", Access::RandomMmap(RANDOM), &RANDOM_SHA256)
 }
 
 fn read_without_dax(scene: &mut Scene) -> Outcome {
-    digest_matches(scene, "-never", "dax=inode", Access::Read(128 << 10), BIG.sha256())?;
-    let expected = BIG.random_sha256(RANDOM.seed, RANDOM.count);
-    digest_matches(scene, "-never", "dax=inode", Access::RandomMmap(RANDOM), expected)
+    digest_matches(scene, "-never", "dax=inode", Access::Read(128 << 10), &BIG_SHA256)?;
+    digest_matches(scene, "-never", "dax=inode", Access::RandomMmap(RANDOM), &RANDOM_SHA256)
 }
 
 fn mmap_write(scene: &mut Scene) -> Outcome {

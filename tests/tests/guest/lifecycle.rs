@@ -9,8 +9,8 @@ use tests::guest::{Access, Op, OpenHow, Verified};
 use tests::vm::{Holdings, Kernel, Share, Vm, WindowCounts};
 
 use crate::harness::{
-    BIG, Checks, LastCheck, Outcome, PLACES, Places, Scene, ensure, ensure_content, ensure_ended, ensure_eq,
-    ensure_errno,
+    BIG, BIG_SHA256, Checks, LastCheck, Outcome, PLACES, Places, Scene, ensure, ensure_content, ensure_ended,
+    ensure_eq, ensure_errno,
 };
 
 pub fn checks() -> Checks {
@@ -78,7 +78,7 @@ fn no_leaks(scene: &mut Scene) -> Outcome {
     }
     let cycle = |scene: &mut Scene| {
         scene.mounted("", "dax=always", |scene, mnt| {
-            scene.vm.sha256(&format!("{mnt}/big"), Access::Mmap)?;
+            scene.vm.verify(&[(&format!("{mnt}/big"), BIG)], 1, true)?;
             let files: Vec<String> = (0..300).map(|number| format!("{mnt}/leaks/file-{number}")).collect();
             for (number, file) in files.iter().enumerate().step_by(10) {
                 let content = Content { seed: number as u64, len: 100 };
@@ -116,8 +116,8 @@ fn rebind(scene: &mut Scene) -> Outcome {
     let device = scene.vm.virtio_fs_devices()?.get(index).cloned().ok_or("the device is not there")?;
     let read = |scene: &mut Scene| {
         scene.mounted("-small", "dax=always", |scene, mnt| {
-            let digest = scene.vm.sha256(&format!("{mnt}/big"), Access::Mmap)?;
-            ensure_eq!(digest.sha256, BIG.sha256());
+            let found = scene.vm.verify(&[(&format!("{mnt}/big"), BIG)], 1, true)?;
+            ensure_eq!(found.differs, vec![]);
             Ok(())
         })
     };
@@ -194,7 +194,7 @@ fn counts_and_power_off(mut vm: Vm, places: &Places) -> Outcome {
     for place in PLACES {
         vm.mount(&format!("{place}-counts"), "/mnt/counts", "dax=always")?;
         let digest = vm.sha256("/mnt/counts/big", Access::Mmap)?;
-        ensure_eq!(digest.sha256, BIG.sha256());
+        ensure_eq!(digest.sha256, *BIG_SHA256);
         let held = vm.host().holdings(&places.dir(place).join("counts"))?;
         ensure!(held.share_mappings > 0, "the host has mapped nothing of the share: {held:?}");
         // Two chunks that are mapped for reading become writable.

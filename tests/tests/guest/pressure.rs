@@ -24,10 +24,6 @@ fn verify(scene: &mut Scene, mmap: bool) -> Outcome {
         let found = scene.vm.verify(&[(&format!("{mnt}/big"), BIG)], AT_ONCE, mmap)?;
         ensure_eq!(found.differs, vec![], "bytes that are not the host's");
         ensure_eq!(found.bytes, BIG.len * AT_ONCE as u64, "bytes read");
-        // One after another, too: whatever chunk a reader got last, it is the right one now.
-        let digest =
-            scene.vm.sha256(&format!("{mnt}/big"), if mmap { Access::Mmap } else { Access::Read(65536) })?;
-        ensure_eq!(digest.sha256, BIG.sha256());
         Ok(())
     })
 }
@@ -41,7 +37,7 @@ fn mmap(scene: &mut Scene) -> Outcome {
 }
 
 fn random(scene: &mut Scene, how: fn(Random) -> Access) -> Outcome {
-    let random = Random { seed: 8, count: scene.count(4000).into() };
+    let random = Random { seed: 8, count: 4000 };
     scene.mounted("-small", "dax=always", |scene, mnt| {
         let digests = scene.vm.sha256_at_once(&format!("{mnt}/big"), how(random), AT_ONCE)?;
         ensure_eq!(digests.len(), AT_ONCE);

@@ -27,7 +27,7 @@ pub fn checks() -> Checks {
 
 fn small_files(scene: &mut Scene) -> Outcome {
     let host = scene.fresh_dir("small")?;
-    let count = scene.count(10_000);
+    let count = 10_000;
     scene.mounted("", "dax=inode", |scene, mnt| {
         let dir = format!("{mnt}/small");
         let on_host = |prefix: &str| -> std::io::Result<usize> {
