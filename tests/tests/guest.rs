@@ -50,14 +50,14 @@ fn main() -> ExitCode {
 fn trials(places: &Result<Places, String>) -> Vec<Trial> {
     let mut trials = Vec::new();
     for (kernel, cpus, scope) in [
-        (KERNELS[0], 4, Scope::Full),
+        (KERNELS[0], 1, Scope::Full),
         (KERNELS[1], 1, Scope::Full),
-        (KERNELS[0], 1, Scope::Light),
+        (KERNELS[0], 4, Scope::Light),
         (KERNELS[1], 4, Scope::Light),
     ] {
         let boot = Boot { kernel, cpus, scope };
         for place in harness::PLACES {
-            boot.trials(places, place, place_checks(scope), &mut trials);
+            boot.trials(places, place, place_checks(&boot), &mut trials);
         }
         boot.last_trials(places, lifecycle::last_checks(), &mut trials);
     }
@@ -68,9 +68,13 @@ fn trials(places: &Result<Places, String>) -> Vec<Trial> {
 }
 
 /// What is checked on every file system of a boot, in this order.
-fn place_checks(scope: Scope) -> Checks {
-    let mut checks = [dax::checks(), io::checks(), pressure::checks()].concat();
-    if scope == Scope::Full {
+fn place_checks(boot: &Boot) -> Checks {
+    let mut checks = [dax::checks(), io::checks()].concat();
+    // With several vCPUs an emulated lab loses the guest under this load now and then: docs/testing.md.
+    if boot.cpus == 1 {
+        checks.extend(pressure::checks());
+    }
+    if boot.scope == Scope::Full {
         checks.extend([tree::checks(), attributes::checks()].concat());
     }
     checks.extend(lifecycle::checks());
