@@ -17,7 +17,8 @@ pub const MAX_MEMORY: u64 = 512 << 30;
 /// Shares that fit on the PCI bus beside the host bridge.
 pub const MAX_SHARES: usize = 24;
 /// What the command line begins with; what the user gives comes after it, and so wins.
-pub const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 panic=-1";
+/// `reboot=a`: with hardware-reduced ACPI and no EFI, Linux would otherwise reset by way of a BIOS that is not there.
+pub const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 panic=-1 reboot=a";
 
 /// A VM as a user describes it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -197,6 +198,6 @@ mod tests {
     #[test]
     fn the_users_parameters_come_last() {
         let config = ValidConfig::new(VmConfig { cmdline: "panic=5 quiet".into(), ..config() }).unwrap();
-        assert_eq!(config.command_line(), "console=ttyS0 panic=-1 panic=5 quiet");
+        assert_eq!(config.command_line(), "console=ttyS0 panic=-1 reboot=a panic=5 quiet");
     }
 }

@@ -30,7 +30,7 @@ pub struct RunArgs {
     /// The initramfs
     #[arg(long, value_name = "FILE")]
     initrd: Option<PathBuf>,
-    /// Kernel parameters, appended to `console=ttyS0 panic=-1`
+    /// Kernel parameters, appended to `console=ttyS0 panic=-1 reboot=a`
     #[arg(long, value_name = "PARAMETERS", default_value = "", hide_default_value = true)]
     cmdline: String,
     /// vCPUs, 1 to 32
