@@ -168,14 +168,10 @@ impl Loop {
         }
         let wanted = if input.pending.is_empty() { EventSet::IN } else { EventSet::empty() };
         if input.watched {
-            ops.modify(Events::with_data(&input.file, INPUT, wanted)).map_err(event_error_ops)?;
+            ops.modify(Events::with_data(&input.file, INPUT, wanted)).map_err(event_error)?;
         }
         Ok(())
     }
-}
-
-fn event_error_ops(error: event_manager::Error) -> io::Error {
-    event_error(error)
 }
 
 impl MutEventSubscriber for Loop {
