@@ -76,7 +76,8 @@ impl PerFileDax {
     /// The one builder of attributes. A file's DAX flag must be the same in every reply: where it is not, the client
     /// throws the inode and its mappings away at the next last close (fs/fuse/dax.c, fuse_dax_dontcache).
     fn attr(&self, stat: libc::stat64) -> Attr {
-        let dax = self.client() == ClientDax::PerFile && self.policy.decide(&FileFacts::from(&stat)).dax;
+        let dax =
+            self.client() == ClientDax::PerFile && self.policy.decide(&FileFacts::from(&stat), None).dax;
         Attr::with_flags(stat, if dax { ATTR_DAX } else { 0 })
     }
 
@@ -105,7 +106,7 @@ impl PerFileDax {
         let facts = FileFacts::from(stat);
         match self.client() {
             ClientDax::Off => false,
-            ClientDax::PerFile => self.policy.decide(&facts).dax,
+            ClientDax::PerFile => self.policy.decide(&facts, None).dax,
             ClientDax::Always => self.policy.allows_mapping(&facts),
         }
     }

@@ -3,33 +3,21 @@
 //! The policy is a pure function. It knows neither descriptors nor inode numbers, asks nobody, and gives the same
 //! answer to the same question.
 
+mod facts;
+
 use std::fmt;
 use std::str::FromStr;
 
-use serde::{Deserialize, Serialize};
+pub use facts::{FileFacts, Needs, WindowFacts};
 
 /// A share's policy.
-#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq, Serialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub enum Policy {
     /// Every regular file is DAX, set-id files apart (see [`Reason::SetId`]).
     #[default]
     Always,
     /// No file is.
     Never,
-}
-
-/// What a policy may know of a file.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct FileFacts {
-    /// Type and permissions, as in `st_mode`.
-    pub mode: u32,
-}
-
-impl From<&libc::stat64> for FileFacts {
-    fn from(stat: &libc::stat64) -> FileFacts {
-        FileFacts { mode: stat.st_mode }
-    }
 }
 
 /// Whether a file is DAX, and why.
@@ -49,24 +37,37 @@ pub enum Reason {
     /// A write to a set-id file must take the bit away, and the device sees no write that goes through the window.
     SetId,
     /// The policy makes no difference between files.
-    Policy(Policy),
+    Always,
+    /// The same.
+    Never,
 }
 
+/// The needs of policies that ask for nothing.
+static NOTHING: Needs = Needs { path: false, hint: false, capabilities: false, xattrs: Vec::new() };
+
 impl Policy {
-    /// Decides about one file.
-    pub fn decide(self, facts: &FileFacts) -> Decision {
+    /// The facts that the policy asks for beside those of stat(2).
+    pub fn needs(&self) -> &Needs {
+        &NOTHING
+    }
+
+    /// Decides about one file. `current` is what the guest now takes the file for, if it knows the file: a policy with
+    /// thresholds keeps to it until the file is clearly on the other side.
+    pub fn decide(&self, facts: &FileFacts<'_>, current: Option<bool>) -> Decision {
+        let _ = current;
         let (dax, reason) = match self {
             _ if facts.mode & libc::S_IFMT != libc::S_IFREG => (false, Reason::NotRegular),
             Policy::Always if is_set_id(facts.mode) => (false, Reason::SetId),
-            policy => (policy == Policy::Always, Reason::Policy(policy)),
+            Policy::Always => (true, Reason::Always),
+            Policy::Never => (false, Reason::Never),
         };
         Decision { dax, reason }
     }
 
-    /// Whether a client may map a file that it takes for DAX. That is more than [`Policy::decide`] grants: a client
-    /// keeps its mode while the file is in use, and `dax=always` mounts do not ask.
-    pub fn allows_mapping(self, facts: &FileFacts) -> bool {
-        matches!(self.decide(facts).reason, Reason::SetId | Reason::Policy(Policy::Always))
+    /// Whether a client may map a file that it takes for DAX whatever its attributes say: `dax=always` mounts do not
+    /// ask.
+    pub fn allows_mapping(&self, facts: &FileFacts<'_>) -> bool {
+        matches!(self.decide(facts, None).reason, Reason::SetId | Reason::Always)
     }
 }
 
@@ -106,8 +107,12 @@ impl FromStr for Policy {
 mod tests {
     use super::*;
 
+    fn file(mode: u32) -> FileFacts<'static> {
+        FileFacts { mode, ..FileFacts::default() }
+    }
+
     fn decide(policy: Policy, mode: u32) -> (bool, Reason) {
-        let Decision { dax, reason } = policy.decide(&FileFacts { mode });
+        let Decision { dax, reason } = policy.decide(&file(mode), None);
         (dax, reason)
     }
 
@@ -117,8 +122,8 @@ mod tests {
             [libc::S_IFDIR, libc::S_IFLNK, libc::S_IFIFO, libc::S_IFSOCK, libc::S_IFCHR, libc::S_IFBLK]
         {
             for policy in [Policy::Always, Policy::Never] {
-                assert_eq!(decide(policy, kind | 0o777), (false, Reason::NotRegular));
-                assert!(!policy.allows_mapping(&FileFacts { mode: kind | 0o777 }));
+                assert_eq!(decide(policy.clone(), kind | 0o777), (false, Reason::NotRegular));
+                assert!(!policy.allows_mapping(&file(kind | 0o777)));
             }
         }
     }
@@ -127,8 +132,8 @@ mod tests {
     fn regular_files_follow_the_policy() {
         for mode in [0, 0o644, 0o755, 0o1777, 0o2644] {
             let mode = libc::S_IFREG | mode;
-            assert_eq!(decide(Policy::Always, mode), (true, Reason::Policy(Policy::Always)));
-            assert_eq!(decide(Policy::Never, mode), (false, Reason::Policy(Policy::Never)));
+            assert_eq!(decide(Policy::Always, mode), (true, Reason::Always));
+            assert_eq!(decide(Policy::Never, mode), (false, Reason::Never));
         }
     }
 
@@ -137,8 +142,8 @@ mod tests {
         for mode in [0o4755, 0o4644, 0o2755, 0o6755, 0o2010] {
             let mode = libc::S_IFREG | mode;
             assert_eq!(decide(Policy::Always, mode), (false, Reason::SetId));
-            assert!(Policy::Always.allows_mapping(&FileFacts { mode }));
-            assert!(!Policy::Never.allows_mapping(&FileFacts { mode }));
+            assert!(Policy::Always.allows_mapping(&file(mode)));
+            assert!(!Policy::Never.allows_mapping(&file(mode)));
         }
     }
 

@@ -40,7 +40,7 @@ fn every_reply_says_the_same() {
         (Policy::Always, always_client, 0),
         (Policy::Always, no_window_client, 0),
     ] {
-        let mut guest = FakeGuest::new(policy);
+        let mut guest = FakeGuest::new(policy.clone());
         guest.init(offer).unwrap();
         for (reply, flags) in all_flags(&mut guest) {
             assert_eq!(flags, expected, "{reply} {policy} {offer:#x}");
@@ -101,7 +101,7 @@ fn opening_a_dax_file_keeps_its_mappings() {
         (Policy::Never, PER_FILE, false),
         (Policy::Always, 0, false),
     ] {
-        let mut guest = FakeGuest::new(policy);
+        let mut guest = FakeGuest::new(policy.clone());
         guest.init(offer).unwrap();
         let (entry, created) = guest.create(ROOT, "file", libc::O_RDWR).unwrap();
         let opened = guest.open(entry.nodeid, libc::O_RDONLY).unwrap();

@@ -131,7 +131,7 @@ fn the_policy_is_asked_again() {
         // A client that did not negotiate a window has none to map into.
         (Policy::Always, 0, Err(libc::EPERM)),
     ] {
-        let mut guest = FakeGuest::new(policy);
+        let mut guest = FakeGuest::new(policy.clone());
         guest.init(offer).unwrap();
         guest.host_file("f", 1);
         let file = guest.lookup(ROOT, "f").unwrap().nodeid;
