@@ -5,7 +5,8 @@
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 mkdir -p "${DAXVM_CACHE:-$root/target/cache}"
 cache=$(cd "${DAXVM_CACHE:-$root/target/cache}" && pwd)
-apt_lists=() # empty: the machine's own package lists
+apt_lists=()   # empty: the machine's own package lists
+apt_sources=() # empty: the machine's own sources
 
 say() { printf '%s\n' "$*" >&2; }
 die() { say "$(basename "$0"): $*"; exit 1; }
@@ -19,7 +20,7 @@ apt() {
     shift
     mkdir -p "$cache/apt/lists/partial" "$cache/apt/archives/partial"
     "$tool" -q -o Dir::Cache="$cache/apt" -o Debug::NoLocking=1 -o APT::Sandbox::User=root \
-        -o APT::Get::List-Cleanup=0 "${apt_lists[@]}" "$@"
+        -o APT::Get::List-Cleanup=0 "${apt_lists[@]}" "${apt_sources[@]}" "$@"
 }
 
 # with_lists COMMAND...: runs COMMAND with the machine's package lists and, if it fails, with lists fetched now. On a new

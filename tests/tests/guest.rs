@@ -69,11 +69,7 @@ fn trials(places: &Result<Places, String>) -> Vec<Trial> {
 
 /// What is checked on every file system of a boot, in this order.
 fn place_checks(boot: &Boot) -> Checks {
-    let mut checks = [dax::checks(), io::checks()].concat();
-    // With several vCPUs an emulated lab loses the guest under this load now and then: docs/testing.md.
-    if boot.cpus == 1 {
-        checks.extend(pressure::checks());
-    }
+    let mut checks = [dax::checks(), io::checks(), pressure::checks()].concat();
     if boot.scope == Scope::Full {
         checks.extend([tree::checks(), attributes::checks()].concat());
     }

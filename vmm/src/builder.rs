@@ -100,7 +100,7 @@ pub(crate) fn build(config: ValidConfig, console: Box<dyn io::Write + Send>) -> 
         Arc::clone(&vm),
         Arc::clone(&slots),
         &buses.memory,
-        devices_memory,
+        devices_memory.clone(),
         mmio_64.clone(),
     );
     buses.ports.insert(
@@ -121,6 +121,7 @@ pub(crate) fn build(config: ValidConfig, console: Box<dyn io::Write + Send>) -> 
     let vcpus = create_vcpus(&vm, &cpuid, config.cpus, &memory, entry)?;
     let parts = Parts {
         buses,
+        memory: devices_memory,
         serial: console.serial,
         room_in_serial: console.room,
         panicked: console.panicked,

@@ -6,9 +6,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use devices::virtio::device::DeviceMemory;
 use kvm_ioctls::VcpuFd;
+use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemory};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
+use crate::arch::x86_64::fault;
 use crate::exit::{Buses, Fatal};
 
 /// The signal that interrupts KVM_RUN; its handler does nothing.
@@ -35,6 +38,7 @@ impl Vcpu {
         id: u8,
         mut fd: VcpuFd,
         buses: Buses,
+        memory: DeviceMemory,
         on_fatal: impl FnOnce(Fatal) + Send + 'static,
     ) -> io::Result<Vcpu> {
         extern "C" fn kicked(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
@@ -42,7 +46,7 @@ impl Vcpu {
         let stop = Arc::new(AtomicBool::new(false));
         let stopping = Arc::clone(&stop);
         let thread = std::thread::Builder::new().name(format!("vcpu-{id}")).spawn(move || {
-            if let Err(fatal) = run(&mut fd, &buses, &stopping) {
+            if let Err(fatal) = run(&mut fd, &buses, &memory, &stopping) {
                 on_fatal(fatal);
             }
         })?;
@@ -50,15 +54,47 @@ impl Vcpu {
     }
 }
 
-fn run(vcpu: &mut VcpuFd, buses: &Buses, stop: &AtomicBool) -> Result<(), Fatal> {
+fn run(vcpu: &mut VcpuFd, buses: &Buses, memory: &DeviceMemory, stop: &AtomicBool) -> Result<(), Fatal> {
     while !stop.load(Ordering::Acquire) {
         match vcpu.run() {
             Ok(exit) => buses.handle(exit)?,
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {}
+            Err(error) if error.errno() == libc::EFAULT => return Err(Fatal::Kvm(lost_memory(vcpu, memory))),
             Err(error) => return Err(Fatal::Kvm(format!("KVM_RUN: {error}"))),
         }
     }
     Ok(())
+}
+
+/// What is known of an access that KVM could not carry out.
+fn lost_memory(vcpu: &VcpuFd, memory: &DeviceMemory) -> String {
+    let memory = memory.memory();
+    let stopped = match fault::stopped_at(vcpu, &memory) {
+        Ok(stopped) => stopped,
+        Err(error) => return format!("the host has no memory for what the guest accesses ({error})"),
+    };
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    let places = stopped.accesses.iter().map(|&address| {
+        let host = memory.get_host_address(GuestAddress(address)).ok();
+        let mapping = host.and_then(|host| mapping_of(&maps, host as u64));
+        format!("{address:#x} ({})", mapping.unwrap_or("no memory"))
+    });
+    let places: Vec<_> = places.collect();
+    format!(
+        "the host has no memory for what the instruction at {:#x} accesses, one of {}",
+        stopped.instruction,
+        places.join(", ")
+    )
+}
+
+/// The line of /proc/self/maps that an address belongs to, without the addresses themselves.
+fn mapping_of(maps: &str, address: u64) -> Option<&str> {
+    maps.lines().find_map(|line| {
+        let (range, what) = line.split_once(' ')?;
+        let (start, end) = range.split_once('-')?;
+        let bound = |text| u64::from_str_radix(text, 16).ok();
+        (bound(start)?..bound(end)?).contains(&address).then_some(what)
+    })
 }
 
 impl Drop for Vcpu {
@@ -106,7 +142,10 @@ mod tests {
         let regs = kvm_bindings::kvm_regs { rip: 0x1000, rflags: 2, ..Default::default() };
         fd.set_regs(&regs).unwrap();
         let (sender, fatal) = mpsc::channel();
-        let vcpu = Vcpu::start(0, fd, Buses::default(), move |why| sender.send(why).unwrap()).unwrap();
+        let vcpu = Vcpu::start(0, fd, Buses::default(), DeviceMemory::new(memory), move |why| {
+            sender.send(why).unwrap()
+        })
+        .unwrap();
         Some((vcpu, fatal, ram))
     }
 

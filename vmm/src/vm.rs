@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use devices::legacy::{PowerEvent, SerialPort};
+use devices::virtio::device::DeviceMemory;
 use kvm_ioctls::VcpuFd;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -32,6 +33,8 @@ pub struct Vm {
 pub(crate) struct Parts {
     /// Leads to all devices, and so owns them.
     pub buses: Buses,
+    /// RAM and the windows that the guest has enabled.
+    pub memory: DeviceMemory,
     pub serial: Arc<SerialPort>,
     pub room_in_serial: EventFd,
     pub panicked: EventFd,
@@ -132,7 +135,10 @@ impl Vm {
         let vmm = self.parts.started.elapsed();
         for (id, fd) in (0..).zip(self.idle_vcpus.drain(..)) {
             let ending = self.ending.clone();
-            let vcpu = Vcpu::start(id, fd, self.parts.buses.clone(), move |fatal| ending.fatal(fatal))?;
+            let vcpu =
+                Vcpu::start(id, fd, self.parts.buses.clone(), self.parts.memory.clone(), move |fatal| {
+                    ending.fatal(fatal)
+                })?;
             self.vcpus.push(vcpu);
         }
         event_loop::run(Wakeups {

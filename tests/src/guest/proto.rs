@@ -266,6 +266,8 @@ pub struct OpenHow {
 pub struct SmallFiles {
     /// The directory, which must be there.
     pub dir: GuestPath,
+    /// The number of the first file.
+    pub first: u32,
     /// How many files.
     pub count: u32,
     /// What to do with each of them.
@@ -281,7 +283,7 @@ pub enum SmallFilesPhase {
     Read,
     /// Renames them all.
     Rename,
-    /// Removes them under their new names, and finds the directory empty.
+    /// Removes them under their new names.
     Remove,
 }
 
@@ -301,10 +303,17 @@ pub enum Access {
 /// Random offsets: see [`super::data::random_offsets`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Random {
-    /// The stream of offsets.
+    /// The stream of offsets; of several readers at once, each takes the next.
     pub seed: u64,
     /// How many.
     pub count: u64,
+}
+
+impl Random {
+    /// The offsets of one of several readers.
+    pub fn nth(self, reader: u64) -> Random {
+        Random { seed: self.seed + reader, ..self }
+    }
 }
 
 /// Which digests are asked for.

@@ -133,9 +133,14 @@ impl Vm {
         self.call(&Op::Verify(Verify { files, readers, mmap }))
     }
 
-    /// One phase of work on many small files.
-    pub fn small_files(&mut self, dir: &str, count: u32, phase: SmallFilesPhase) -> Result<u64> {
-        self.call(&Op::SmallFiles(SmallFiles { dir: dir.into(), count, phase }))
+    /// One phase of work on many small files, in batches, each of which may take as long as any other step.
+    pub fn small_files(&mut self, dir: &str, count: u32, phase: SmallFilesPhase) -> Result<()> {
+        const BATCH: u32 = 500;
+        for first in (0..count).step_by(BATCH as usize) {
+            let count = BATCH.min(count - first);
+            self.call::<u64>(&Op::SmallFiles(SmallFiles { dir: dir.into(), first, count, phase }))?;
+        }
+        Ok(())
     }
 
     /// Maps a file and keeps it mapped.

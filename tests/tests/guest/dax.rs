@@ -13,6 +13,7 @@ pub fn checks() -> Checks {
         ("mount-never-is-not-dax", mount_never),
         ("new-files-are-dax-like-old-ones", new_files),
         ("read-only-share-refuses-changes", read_only),
+        ("unmapped-window-can-be-touched", touch_unmapped),
     ]
 }
 
@@ -71,6 +72,24 @@ fn new_files(scene: &mut Scene) -> Outcome {
         })?;
     }
     Ok(())
+}
+
+/// No driver does it, but a guest can: the window is a BAR, which sysfs lets the super-user map. What is written where
+/// no file is mapped goes nowhere, and nothing happens to the machine.
+fn touch_unmapped(scene: &mut Scene) -> Outcome {
+    let share = format!("{}-never", scene.place);
+    let device = scene.boot.share_tags().position(|tag| tag == share).ok_or("no such share")? + 1;
+    let window = format!("/sys/bus/pci/devices/0000:00:{device:02x}.0/resource2");
+    let len = 32 << 20;
+    let map = scene.vm.map(window, 0, len, true)?;
+    for chunk in 0..len as u64 >> 21 {
+        scene.vm.map_write(map, (chunk << 21) + 4096 * chunk, b"stray")?;
+    }
+    ensure_eq!(scene.vm.map_read(map, 0, 5)?, b"stray".to_vec(), "what was written to a hole");
+    scene.vm.run(Op::Unmap(map))?;
+    // The next mount begins with a clean window, and files are what they were.
+    dax_of_big(scene, "-never", "dax=inode", false)?;
+    crate::harness::ensure_content(&scene.dir.join("big"), crate::harness::BIG)
 }
 
 fn read_only(scene: &mut Scene) -> Outcome {

@@ -40,7 +40,14 @@ fn micros_since(start: Instant) -> u64 {
 
 /// Digests of a file, one a reader.
 pub fn sha256(request: &Sha256) -> Result<Vec<Digest>, Failure> {
-    at_once((0..request.readers.max(1)).map(|_| || digest(&request.path, request.how)))
+    at_once((0..request.readers.max(1) as u64).map(|reader| {
+        let how = match request.how {
+            Access::RandomRead(random) => Access::RandomRead(random.nth(reader)),
+            Access::RandomMmap(random) => Access::RandomMmap(random.nth(reader)),
+            other => other,
+        };
+        move || digest(&request.path, how)
+    }))
 }
 
 fn digest(path: &GuestPath, how: Access) -> Result<Digest, Failure> {

@@ -30,6 +30,9 @@ pub struct WindowCounters {
     pub remove_mappings: u64,
     /// Chunks that were unmapped because a session ended (DESTROY, reset, a new INIT) and not on request.
     pub cleared_chunks: u64,
+    /// Bytes that the guest touched where nothing was mapped, since the window was cleared last. A driver that works as it
+    /// should never does that.
+    pub stray_bytes: u64,
 }
 
 /// The living counters. They are written under the window's lock, so that they agree with its table, and are atomic for
@@ -86,6 +89,7 @@ impl Counts {
             overlaid_chunks: self.overlaid.load(Relaxed),
             remove_mappings: self.removes.load(Relaxed),
             cleared_chunks: self.cleared.load(Relaxed),
+            stray_bytes: 0,
         }
     }
 }

@@ -4,6 +4,7 @@
 //! The window knows chunks and descriptors; which file a guest may map is decided elsewhere.
 
 mod counters;
+mod scratch;
 mod size;
 mod table;
 #[cfg(test)]
@@ -16,6 +17,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use self::counters::Counts;
 pub use self::counters::WindowCounters;
+use self::scratch::Scratch;
 pub use self::size::{
     MAX_WINDOW_SIZE, MIN_WINDOW_SIZE, WindowSizeError, check_window_size, default_window_size,
 };
@@ -75,9 +77,8 @@ impl WindowError {
 
 /// The DAX window of one share.
 ///
-/// It is one mapping of the whole size from the start: private, anonymous, read-only and without reserve. So what is
-/// not mapped to a file is a hole that the guest can read as zeros, which allocates nothing, and nothing else of the
-/// process can ever lie in it. Mapping replaces a part of it in place with one system call.
+/// All of it is mapped from the start, so that nothing else of the process can ever lie in it: what does not show a file
+/// is a hole, which shows [scratch memory](scratch). Mapping replaces a part of it in place with one system call.
 ///
 /// All queues share the window. One lock covers the system call and the table together, because they must agree when
 /// two queues touch the same chunk. It costs nothing beyond what is there anyway: the host's kernel carries out one
@@ -87,6 +88,7 @@ pub struct DaxWindow {
     base: *mut u8,
     /// In bytes, a valid window size.
     size: u64,
+    scratch: Scratch,
     table: Mutex<ChunkTable>,
     counts: Counts,
 }
@@ -112,14 +114,18 @@ impl DaxWindow {
         if size == 0 || check_window_size(size).is_err() {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
         }
+        let scratch = Scratch::new(size)?;
         // One chunk more than is needed always holds an aligned start; the rest is given back.
         let reserved = (size + CHUNK_SIZE) as usize;
-        let start = replace(ptr::null_mut(), reserved, Backing::Hole { placement: 0 })?;
+        let start = replace(ptr::null_mut(), reserved, Backing::Nothing)?;
         let head = start.align_offset(CHUNK_SIZE as usize);
         let base = start.wrapping_add(head);
         give_back(start, head);
         give_back(base.wrapping_add(size as usize), reserved - head - size as usize);
-        Ok(DaxWindow { base, size, table: Mutex::new(ChunkTable::new(size)), counts: Counts::default() })
+        let table = Mutex::new(ChunkTable::new(size));
+        let window = DaxWindow { base, size, scratch, table, counts: Counts::default() };
+        window.punch(window.all(), libc::MAP_FIXED)?;
+        Ok(window)
     }
 
     /// Shows `len` bytes of a file from `foffset` on at `moffset` of the window, shared with everyone else who maps or
@@ -167,8 +173,7 @@ impl DaxWindow {
             // Before Linux 6.12 a mapping that fails late (in the file system) has removed the old one already. The
             // gap must be closed at once, or something else of the process would come to lie in the window. Where the
             // old mapping is whole, this says EEXIST and does nothing.
-            let fill = Backing::Hole { placement: libc::MAP_FIXED_NOREPLACE };
-            if replace(self.address(chunks), bytes(chunks), fill).is_ok() {
+            if self.punch(chunks, libc::MAP_FIXED_NOREPLACE).is_ok() {
                 self.counts.lost(table.unmap(chunks.first, chunks.count));
             }
             return Err(WindowError::Map(error));
@@ -184,7 +189,7 @@ impl DaxWindow {
     pub fn unmap(&self, moffset: u64, len: u64) -> Result<(), WindowError> {
         let chunks = self.chunks(moffset, len)?;
         let mut table = self.lock();
-        self.punch(chunks).map_err(WindowError::Map)?;
+        self.punch(chunks, libc::MAP_FIXED).map_err(WindowError::Map)?;
         self.counts.unmapped(table.unmap(chunks.first, chunks.count));
         Ok(())
     }
@@ -192,24 +197,35 @@ impl DaxWindow {
     /// Makes the whole window a hole: a session with the guest's driver has ended.
     ///
     /// # Errors
-    /// What the host says if it cannot, in which case everything stays as it was.
+    /// What the host says if it cannot.
     pub fn clear(&self) -> io::Result<()> {
-        let all = Chunks { first: 0, count: (self.size / CHUNK_SIZE) as usize };
+        let all = self.all();
         let mut table = self.lock();
-        if self.counts.snapshot(self.size).mapped_chunks > 0 {
-            self.punch(all)?;
+        if self.counters().mapped_chunks > 0 {
+            self.punch(all, libc::MAP_FIXED)?;
             self.counts.cleared(table.unmap(all.first, all.count));
         }
-        Ok(())
+        self.scratch.clear()
     }
 
     /// The counters; takes no lock.
     pub fn counters(&self) -> WindowCounters {
-        self.counts.snapshot(self.size)
+        WindowCounters { stray_bytes: self.scratch.touched(), ..self.counts.snapshot(self.size) }
     }
 
-    fn punch(&self, chunks: Chunks) -> io::Result<()> {
-        replace(self.address(chunks), bytes(chunks), Backing::Hole { placement: libc::MAP_FIXED }).map(drop)
+    fn all(&self) -> Chunks {
+        Chunks { first: 0, count: (self.size / CHUNK_SIZE) as usize }
+    }
+
+    /// Makes a hole; `placement` is MAP_FIXED or MAP_FIXED_NOREPLACE, as in mmap(2).
+    fn punch(&self, chunks: Chunks, placement: i32) -> io::Result<()> {
+        for (at, offset, len) in
+            self.scratch.pieces((chunks.first as u64) << CHUNK_SHIFT, bytes(chunks) as u64)
+        {
+            let backing = Backing::Hole { fd: self.scratch.fd(), offset: offset as i64, placement };
+            replace(self.base.wrapping_add(at as usize), len as usize, backing)?;
+        }
+        Ok(())
     }
 
     /// Checks a range in bytes.
@@ -265,8 +281,10 @@ fn bytes(chunks: Chunks) -> usize {
 /// What stands behind a range of addresses.
 #[derive(Clone, Copy)]
 enum Backing {
-    /// Zeros. `placement` is MAP_FIXED, MAP_FIXED_NOREPLACE or 0, as in mmap(2).
-    Hole { placement: i32 },
+    /// Address space alone, wherever it is free.
+    Nothing,
+    /// Scratch memory. `placement` is MAP_FIXED or MAP_FIXED_NOREPLACE, as in mmap(2).
+    Hole { fd: RawFd, offset: i64, placement: i32 },
     /// A file, in place of what is there.
     File { fd: RawFd, offset: i64, writable: bool },
 }
@@ -275,12 +293,14 @@ enum Backing {
 /// [`give_back`]; callers pass nothing but ranges of a window.
 fn replace(address: *mut u8, len: usize, backing: Backing) -> io::Result<*mut u8> {
     let (protection, flags, fd, offset) = match backing {
-        Backing::Hole { placement } => (
-            libc::PROT_READ,
-            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | placement,
-            -1,
-            0,
-        ),
+        Backing::Nothing => {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+            (libc::PROT_NONE, flags, -1, 0)
+        }
+        Backing::Hole { fd, offset, placement } => {
+            let protection = libc::PROT_READ | libc::PROT_WRITE;
+            (protection, libc::MAP_SHARED | libc::MAP_NORESERVE | placement, fd, offset)
+        }
         Backing::File { fd, offset, writable } => {
             let protection = if writable { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };
             (protection, libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_NORESERVE, fd, offset)

@@ -2,7 +2,7 @@
 
 use super::CHUNK_SIZE;
 
-/// A chunk that shows zeros. Every other state has [`MAPPED`] set.
+/// A chunk that shows no file. Every other state has [`MAPPED`] set.
 const HOLE: u64 = 0;
 /// The chunk shows a part of some file, whose number in the file (its offset in chunks) stands above these bits.
 const MAPPED: u64 = 1;
@@ -51,7 +51,7 @@ impl ChunkTable {
         change
     }
 
-    /// Notes that `count` chunks from number `first` show zeros; returns how many of them were mapped.
+    /// Notes that `count` chunks from number `first` show no file; returns how many of them were mapped.
     pub(super) fn unmap(&mut self, first: usize, count: usize) -> u64 {
         let mut unmapped = 0;
         for chunk in self.chunks[first..first + count].iter_mut().filter(|chunk| **chunk != HOLE) {

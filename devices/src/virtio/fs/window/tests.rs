@@ -53,7 +53,24 @@ fn it_is_aligned_and_reads_zeros() {
     assert_eq!(window.size(), SIZE);
     assert_eq!(peek(&window, 0), [0, 0]);
     assert_eq!(peek(&window, SIZE - 2), [0, 0]);
-    assert_eq!(window.counters(), WindowCounters { size: SIZE, ..Default::default() });
+    assert_eq!(window.counters(), WindowCounters { size: SIZE, stray_bytes: 8192, ..Default::default() });
+}
+
+#[test]
+fn what_is_written_to_holes_stays_there_and_is_forgotten() {
+    let window = DaxWindow::new(SIZE).unwrap();
+    let file = file(6, 1);
+    for chunk in 0..CHUNKS {
+        poke(&window, chunk * CHUNK_SIZE + 64, [1, 2]);
+    }
+    assert_eq!(window.counters().stray_bytes, 4096, "holes share their memory");
+    window.map(0, 0, CHUNK_SIZE, true, file.as_fd()).unwrap();
+    assert_eq!((peek(&window, 0), peek(&window, 64)), ([6, 1], [0, 0]));
+    window.clear().unwrap();
+    assert_eq!((peek(&window, 64), peek(&window, CHUNK_SIZE + 64)), ([0, 0], [0, 0]));
+    let mut bytes = [0; 2];
+    file.read_exact_at(&mut bytes, 64).unwrap();
+    assert_eq!(bytes, [0, 0], "nothing of it reached the file");
 }
 
 #[test]
@@ -116,6 +133,7 @@ fn a_failed_map_leaves_what_was_there() {
     let read_only = File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap();
     let directory = File::open("/").unwrap();
     window.map(0, 0, CHUNK_SIZE, false, file.as_fd()).unwrap();
+    assert_eq!((peek(&window, 0), peek(&window, CHUNK_SIZE)), ([2, 1], [0, 0]));
     let before = window.counters();
 
     let denied = window.map(0, 0, CHUNK_SIZE, true, read_only.as_fd()).unwrap_err();
@@ -138,7 +156,7 @@ fn a_gap_left_by_a_failed_map_is_closed() {
     // SAFETY: the range lies in the window, and no reference into it exists.
     assert_eq!(unsafe { libc::munmap(window.host_address().cast(), CHUNK) }, 0);
     window.map(0, 0, CHUNK_SIZE, false, directory.as_fd()).unwrap_err();
-    assert_eq!(permissions(window.host_address()), "r--p");
+    assert_eq!(permissions(window.host_address()), "rw-s");
     assert_eq!((peek(&window, 0), peek(&window, CHUNK_SIZE)), ([0, 0], [2, 2]));
     assert_eq!(window.counters().mapped_chunks, 1);
 }
@@ -197,7 +215,8 @@ fn clear_and_drop_let_go_of_the_files() {
     assert_eq!(permissions(base), "r--s");
     window.clear().unwrap();
     window.clear().unwrap();
-    assert_eq!(permissions(base), "r--p");
+    assert_eq!(permissions(base), "rw-s");
+    assert_eq!(peek(&window, 0), [0, 0]);
     assert_eq!((window.counters().mapped_chunks, window.counters().cleared_chunks), (0, 2));
 }
 
