@@ -32,8 +32,27 @@ impl SerialEvents for RoomAgain {
 
 type Port = Serial<Line, RoomAgain, Box<dyn Write + Send>>;
 
+/// Registers, as offsets from the port's base, and their bits (8250 family).
+const DATA: u64 = 0;
+const INTERRUPT_ENABLE: u64 = 1;
+const INTERRUPT_ID: u64 = 2;
+const LINE_CONTROL: u64 = 3;
+const RECEIVED_DATA: u8 = 1;
+const ID_NONE: u8 = 1;
+const ID_MASK: u8 = 0xf;
+const ID_RECEIVED_DATA: u8 = 4;
+const DIVISOR_LATCH: u8 = 0x80;
+
 /// A 16550A that writes what the guest sends to a writer.
-pub struct SerialPort(Mutex<Port>);
+///
+/// The library's port forgets that there is received data with the first byte that is read. A driver that leaves bytes
+/// in the FIFO (Linux stops after 256 in a row, which are more than the FIFO holds if it is fed meanwhile) would never
+/// come back for them. So the interrupt identification says what a real port derives from the FIFO.
+pub struct SerialPort {
+    port: Mutex<Port>,
+    /// Bytes that the FIFO holds.
+    fifo_size: usize,
+}
 
 impl SerialPort {
     /// Ports taken.
@@ -46,7 +65,8 @@ impl SerialPort {
         out: Box<dyn Write + Send>,
         room_again: impl Fn() + Send + 'static,
     ) -> SerialPort {
-        SerialPort(Mutex::new(Serial::with_events(Line(line), RoomAgain(Box::new(room_again)), out)))
+        let port = Serial::with_events(Line(line), RoomAgain(Box::new(room_again)), out);
+        SerialPort { fifo_size: port.fifo_capacity(), port: Mutex::new(port) }
     }
 
     /// Bytes that [`SerialPort::feed`] would take now.
@@ -69,7 +89,16 @@ impl SerialPort {
     }
 
     fn lock(&self) -> MutexGuard<'_, Port> {
-        self.0.lock().unwrap_or_else(|e| e.into_inner())
+        self.port.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Whether the guest wants an interrupt for received data, and there is some.
+    fn has_news(&self, port: &mut Port) -> bool {
+        // Reading these has no side effects; while the divisor is set, the other one is hidden behind it.
+        let divisor = port.read(LINE_CONTROL as u8) & DIVISOR_LATCH != 0;
+        !divisor
+            && port.fifo_capacity() < self.fifo_size
+            && port.read(INTERRUPT_ENABLE as u8) & RECEIVED_DATA != 0
     }
 }
 
@@ -77,7 +106,11 @@ impl BusDevice for SerialPort {
     fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0);
         if let [byte] = data {
-            *byte = self.lock().read(offset as u8);
+            let mut port = self.lock();
+            *byte = port.read(offset as u8);
+            if offset == INTERRUPT_ID && *byte & ID_NONE != 0 && self.has_news(&mut port) {
+                *byte = *byte & !ID_MASK | ID_RECEIVED_DATA;
+            }
         }
     }
 
@@ -145,5 +178,25 @@ mod tests {
         assert_eq!(got, input);
         assert!(rooms.load(Ordering::Relaxed) >= 4);
         assert!(line.0.load(Ordering::Relaxed) > 0);
+    }
+
+    fn read(port: &SerialPort, register: u64) -> u8 {
+        let mut byte = [0];
+        port.read(register, &mut byte);
+        byte[0]
+    }
+
+    #[test]
+    fn bytes_that_are_left_in_the_fifo_are_still_news() {
+        let line = Arc::new(Counter::default());
+        let port = SerialPort::new(line.clone(), Box::new(Sink::default()), || {});
+        port.write(INTERRUPT_ENABLE, &[RECEIVED_DATA]);
+        assert_eq!(read(&port, INTERRUPT_ID) & ID_MASK, ID_NONE);
+        assert_eq!(port.feed(b"abc"), 3);
+        for left in [b'a', b'b', b'c'] {
+            assert_eq!(read(&port, INTERRUPT_ID) & ID_MASK, ID_RECEIVED_DATA, "before {left}");
+            assert_eq!(read(&port, DATA), left);
+        }
+        assert_eq!(read(&port, INTERRUPT_ID) & ID_MASK, ID_NONE);
     }
 }

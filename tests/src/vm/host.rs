@@ -47,6 +47,22 @@ impl HostProcess {
         number.ok_or_else(|| VmError::system(key)(io::Error::other("not in /proc/PID/status")))
     }
 
+    /// A line for each of its threads: name, state, what it waits for in the kernel, and processor time used. For whoever
+    /// has to find out why nothing happens any more; what cannot be read is left out.
+    pub fn threads(&self) -> String {
+        let tasks = fs::read_dir(self.proc.join("task")).into_iter().flatten().flatten();
+        let lines = tasks.map(|task| {
+            let read = |name| fs::read_to_string(task.path().join(name)).unwrap_or_default();
+            let (stat, stack) = (read("stat"), read("stack"));
+            let fields: Vec<_> = stat.rsplit(") ").next().unwrap_or_default().split(' ').collect();
+            let field = |number: usize| fields.get(number).copied().unwrap_or("?");
+            let calls: Vec<_> = stack.lines().filter_map(|line| line.split_whitespace().nth(1)).collect();
+            let name = read("comm");
+            format!("{} {} {}+{} {}\n", name.trim(), field(0), field(11), field(12), calls.join(" < "))
+        });
+        lines.collect()
+    }
+
     /// Everything the process holds, files below `shared` told apart.
     pub fn holdings(&self, shared: &Path) -> Result<Holdings, VmError> {
         let mut holdings = parse_smaps(&self.read("smaps")?, shared);

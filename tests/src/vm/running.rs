@@ -150,7 +150,7 @@ impl Vm {
 
     fn overdue(&mut self, what: &dyn fmt::Debug) -> VmError {
         self.lost = true;
-        let console = self.tail();
+        let console = format!("{}\nIts threads:\n{}", self.tail(), self.host().threads());
         self.kill();
         VmError::Deadline { what: shorten(what), seconds: self.deadline.as_secs(), console }
     }

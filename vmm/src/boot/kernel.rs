@@ -1,15 +1,15 @@
 //! The kernel image: a bzImage, entered by the 64-bit boot protocol, or an uncompressed ELF vmlinux, entered by PVH.
 
 use std::fs::File;
-use std::io::{Read, Seek};
+use std::io::{self, Read, Seek};
 use std::path::{Path, PathBuf};
 
 use linux_loader::loader::bootparam::setup_header;
 use linux_loader::loader::elf::PvhBootCapability;
 use linux_loader::loader::{BzImage, Elf, KernelLoader};
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::BootError;
+use super::{BootError, payload};
 use crate::arch::x86_64::entry::EntryPoint;
 use crate::layout::{self, boot};
 
@@ -17,6 +17,8 @@ use crate::layout::{self, boot};
 const ENTRY_64: u64 = 0x200;
 /// xloadflags: the kernel has the 64-bit entry point.
 const XLF_KERNEL_64: u16 = 1;
+/// Where a kernel goes that is not to unpack itself: the lowest place that it may be moved to.
+const UNPACKED: u64 = 2 << 20;
 /// Offset of the magic number in a bzImage.
 const MAGIC: usize = 0x202;
 
@@ -92,12 +94,47 @@ impl KernelImage {
         let runtime_start = header.pref_address.max(boot::HIGH_MEMORY);
         let end = runtime_start.saturating_add(header.init_size.into()).max(loaded.kernel_end);
         if end > low_ram {
-            return Err(self.too_big(end, low_ram));
+            return self.load_payload(memory, header, end, low_ram);
         }
         Ok(LoadedKernel {
             entry: EntryPoint::Linux64(loaded.kernel_load.0 + ENTRY_64),
             setup_header: Some(header),
             end,
+            initramfs_limit: u64::from(header.initrd_addr_max) + 1,
+        })
+    }
+
+    /// Loads the kernel that is inside of an image which needs memory to address `needed` to unpack itself.
+    fn load_payload(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        header: setup_header,
+        needed: u64,
+        low_ram: u64,
+    ) -> Result<LoadedKernel, BootError> {
+        let failed = |source| BootError::Unpack {
+            path: self.path.clone(),
+            needed: needed.next_multiple_of(1 << 20) >> 20,
+            source,
+        };
+        let mut image = Vec::new();
+        self.file.rewind().and_then(|()| self.file.read_to_end(&mut image)).map_err(failed)?;
+        let kernel = payload::unpack(&image, &header).map_err(failed)?;
+        // What was loaded of the image lies where the kernel's own zeros are to be.
+        let start = boot::HIGH_MEMORY;
+        let zeros = vec![0; image.len().min((low_ram - start) as usize)];
+        memory.write_slice(&zeros, GuestAddress(start)).map_err(|error| failed(io::Error::other(error)))?;
+        let unpacked = payload::place(&kernel, memory, UNPACKED).map_err(failed)?;
+        if unpacked.end > low_ram {
+            return Err(self.too_big(unpacked.end, low_ram));
+        }
+        tracing::warn!(
+            "with so little memory the kernel is unpacked by daxvm and does not move itself to a random address (KASLR)"
+        );
+        Ok(LoadedKernel {
+            entry: EntryPoint::Linux64(unpacked.entry),
+            setup_header: Some(header),
+            end: unpacked.end,
             initramfs_limit: u64::from(header.initrd_addr_max) + 1,
         })
     }

@@ -1,6 +1,7 @@
 //! From files to a guest that can be entered: the kernel image, the initramfs, the command line in guest memory.
 
 mod kernel;
+mod payload;
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
@@ -66,12 +67,17 @@ pub enum BootError {
     #[error("The kernel command line cannot be used: {0}")]
     CommandLine(String),
     /// The compressed kernel inside an image cannot be unpacked.
-    #[error("Cannot unpack the kernel in {path}: {reason}")]
+    #[error(
+        "Cannot unpack the kernel in {path}; with at least {needed} MiB of memory (--memory) it would do so itself"
+    )]
     Unpack {
         /// The file.
         path: PathBuf,
+        /// MiB with which the image unpacks itself.
+        needed: u64,
         /// Why.
-        reason: String,
+        #[source]
+        source: io::Error,
     },
     /// The boot structures cannot be written.
     #[error("Cannot write the boot parameters to guest memory")]
