@@ -3,9 +3,12 @@
 use std::collections::HashMap;
 use std::env;
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
+use flate2::Compression;
+use flate2::write::GzEncoder;
 use tempfile::NamedTempFile;
 use vmm::initramfs::{Archive, ModuleTree};
 
@@ -74,7 +77,10 @@ impl Kernel {
             order += &(file + "\n");
         }
         archive.file("modules/order", 0o644, order.as_bytes())?;
-        Ok(archive.finish()?)
+        // Small guests hold it and what comes out of it at the same time.
+        let mut compressed = GzEncoder::new(Vec::new(), Compression::best());
+        compressed.write_all(&archive.finish()?)?;
+        Ok(compressed.finish()?)
     }
 }
 

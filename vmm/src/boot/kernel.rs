@@ -4,6 +4,9 @@ use std::fs::File;
 use std::io::{self, Read, Seek};
 use std::path::{Path, PathBuf};
 
+use elf::ElfStream;
+use elf::abi::PT_LOAD;
+use elf::endian::LittleEndian;
 use linux_loader::loader::bootparam::setup_header;
 use linux_loader::loader::elf::PvhBootCapability;
 use linux_loader::loader::{BzImage, Elf, KernelLoader};
@@ -140,20 +143,30 @@ impl KernelImage {
     }
 
     fn load_elf(&mut self, memory: &GuestMemoryMmap, low_ram: u64) -> Result<LoadedKernel, BootError> {
+        let end = self.elf_end()?;
+        if end > low_ram {
+            return Err(self.too_big(end, low_ram));
+        }
         let loaded = Elf::load(memory, None, &mut self.file, Some(GuestAddress(boot::HIGH_MEMORY)))
             .map_err(|source| self.load_error(source, low_ram))?;
         let PvhBootCapability::PvhEntryPresent(entry) = loaded.pvh_boot_cap else {
             return Err(BootError::NoPvh(self.path.clone()));
         };
-        if loaded.kernel_end > low_ram {
-            return Err(self.too_big(loaded.kernel_end, low_ram));
-        }
         Ok(LoadedKernel {
             entry: EntryPoint::Pvh(entry.0),
             setup_header: None,
-            end: loaded.kernel_end,
+            end,
             initramfs_limit: layout::HOLE.start,
         })
+    }
+
+    /// The first address behind an ELF kernel and its zeros, which linux-loader only knows of what is in the file.
+    fn elf_end(&mut self) -> Result<u64, BootError> {
+        let damaged = |_| BootError::UnknownFormat(self.path.clone());
+        let stream = ElfStream::<LittleEndian, _>::open_stream(&mut self.file).map_err(damaged)?;
+        let ends = stream.segments().iter().filter(|segment| segment.p_type == PT_LOAD);
+        let end = ends.map(|segment| segment.p_paddr.saturating_add(segment.p_memsz)).max();
+        end.ok_or_else(|| BootError::UnknownFormat(self.path.clone()))
     }
 
     /// linux-loader does not tell a short read of the file from a write past the end of guest memory.
