@@ -7,6 +7,7 @@
 mod abi;
 mod counters;
 mod device;
+pub mod hint;
 mod per_file_dax;
 pub mod policy;
 mod server;

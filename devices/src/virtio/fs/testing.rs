@@ -1,6 +1,8 @@
 //! A fake guest driver: sends FUSE requests to a device through descriptor chains in a guest memory of its own, with a
 //! temporary directory as the share.
 
+mod file_systems;
+
 use std::mem::size_of;
 use std::path::PathBuf;
 
@@ -17,6 +19,9 @@ use virtio_queue::desc::split::Descriptor;
 use virtio_queue::mock::MockSplitQueue;
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryMmap};
 
+pub(super) use self::file_systems::{
+    directories_with_hints, directory_with_attributes, directory_with_flags,
+};
 use super::abi::{init, opcode};
 use super::policy::Policy;
 use super::window::{CHUNK_SIZE, MIN_WINDOW_SIZE};

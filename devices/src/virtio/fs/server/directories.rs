@@ -54,6 +54,14 @@ impl Directories {
         directory.cloned().ok_or_else(|| errno(libc::EBADF))
     }
 
+    /// The directory that a handle is open on.
+    ///
+    /// # Errors
+    /// EBADF if it is none of this node's; EMFILE.
+    pub(super) fn file(&self, handle: u64, nodeid: u64) -> io::Result<File> {
+        self.get(handle, nodeid)?.file.try_clone()
+    }
+
     fn remove(&self, handle: u64, nodeid: u64) -> io::Result<()> {
         self.get(handle, nodeid)?;
         self.open.write().unwrap_or_else(PoisonError::into_inner).remove(&handle);

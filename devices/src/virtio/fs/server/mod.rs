@@ -10,6 +10,7 @@
 mod directories;
 mod files;
 mod init;
+mod ioctl;
 mod mapping;
 pub(super) mod message;
 mod names;
@@ -31,6 +32,7 @@ use self::directories::Directories;
 use self::message::{Reply, Request, errno};
 use super::abi::opcode;
 use super::counters::Counts;
+use super::hint::HintStore;
 use super::per_file_dax::{ClientDax, PerFileDax};
 use super::policy::Policy;
 use super::window::DaxWindow;
@@ -59,6 +61,7 @@ pub(super) struct Server {
     dax: PerFileDax,
     window: Option<Arc<DaxWindow>>,
     directories: Directories,
+    hints: HintStore,
     /// Pins the directory that `fs` starts from: it opens it anew for each session, by this descriptor.
     _root: File,
     read_only: bool,
@@ -95,6 +98,7 @@ impl Server {
             dax,
             window,
             directories: Directories::default(),
+            hints: HintStore::default(),
             _root: root,
             read_only,
             privileged,
@@ -180,7 +184,7 @@ impl Server {
             opcode::SETUPMAPPING => self.setup_mapping(request, reply),
             opcode::REMOVEMAPPING => self.remove_mapping(request, reply),
 
-            opcode::IOCTL => Err(errno(libc::ENOTTY)),
+            opcode::IOCTL => self.ioctl(request, reply),
             opcode::INTERRUPT | opcode::NOTIFY_REPLY => Ok(0),
             // Among them STATX, which would be answered without the DAX flag; the client asks once and then takes
             // GETATTR. Locks are not negotiated and stay in the guest. TMPFILE cannot be done through the library.

@@ -4,5 +4,6 @@ mod attributes;
 mod device;
 mod files;
 mod hostile;
+mod ioctl;
 mod mapping;
 mod negotiation;
