@@ -123,17 +123,25 @@ impl HintStore {
         }
     }
 
+    /// Whether it is known of the file system with this device number that it keeps the flag itself.
+    pub(super) fn is_known_native(&self, device: u64) -> bool {
+        self.known(device) == Some(true)
+    }
+
+    fn known(&self, device: u64) -> Option<bool> {
+        let known = self.native.read().unwrap_or_else(PoisonError::into_inner);
+        known.iter().find(|(known, _)| *known == device).map(|(_, native)| *native)
+    }
+
     /// Whether the file system of an open file keeps the flag itself, and so lets new files inherit it too.
     ///
     /// # Errors
     /// What the host says.
     pub(super) fn is_native(&self, file: BorrowedFd<'_>) -> io::Result<bool> {
         let device = rustix::fs::fstat(file)?.st_dev;
-        let known = self.native.read().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, native)) = known.iter().find(|(known, _)| *known == device) {
-            return Ok(*native);
+        if let Some(native) = self.known(device) {
+            return Ok(native);
         }
-        drop(known);
         let native = NATIVE.contains(&(rustix::fs::fstatfs(file)?.f_type as u64));
         self.learn(file, native)?;
         Ok(native)

@@ -83,7 +83,7 @@ impl Server {
             return Err(errno(libc::ENOTDIR));
         }
         let fh = self.directories.insert(nodeid, file);
-        reply.object(&OpenOut { fh, ..Default::default() })
+        reply.object(&OpenOut { fh, open_flags: self.cache.directory_flags(), ..Default::default() })
     }
 
     /// READDIR, and READDIRPLUS, which gives the inodes too.
@@ -122,7 +122,7 @@ impl Server {
                     b"." | b".." => None,
                     _ => self.fs.lookup(&context, nodeid, entry.name).ok(),
                 };
-                let found = found.map_or_else(EntryOut::default, |found| self.dax.entry_out(found));
+                let found = found.map_or_else(EntryOut::default, |found| self.entry_out(&context, found));
                 body.write_all(found.as_slice())?;
             }
             let dirent = Dirent {

@@ -11,6 +11,7 @@ use fuse_backend_rs::api::filesystem::{Context, FileSystem, SetattrValid};
 use fuse_backend_rs::transport::FsCacheReqHandler;
 
 use super::Server;
+use super::decide::CAPABILITIES;
 use super::message::{Reply, Request, errno};
 use crate::virtio::fs::policy::is_set_id;
 use crate::virtio::fs::window::{DaxWindow, WindowError};
@@ -34,12 +35,8 @@ impl Server {
         }
         let (context, nodeid) = (self.context(request), request.header.nodeid);
         let (stat, _) = self.fs.getattr(&context, nodeid, None)?;
-        if !self.dax.may_map(&stat) {
-            tracing::debug!(
-                nodeid,
-                mode = stat.st_mode,
-                "the guest maps a file that the policy does not let it"
-            );
+        if !self.may_map(request, &stat) {
+            tracing::debug!(nodeid, mode = stat.st_mode, "the guest maps a file that is not DAX for it");
             return Err(errno(libc::EPERM));
         }
         if write {
@@ -91,7 +88,6 @@ impl Server {
         nodeid: u64,
         stat: &libc::stat64,
     ) -> io::Result<()> {
-        const CAPABILITIES: &std::ffi::CStr = c"security.capability";
         self.kill_set_id(context, nodeid, stat)?;
         match self.fs.getxattr(context, nodeid, CAPABILITIES, 0) {
             Ok(_) => self.fs.removexattr(context, nodeid, CAPABILITIES),

@@ -7,6 +7,7 @@
 //! Nothing that a guest can send may panic, block for good or reach a file outside the share: see [`message`] for
 //! lengths and names, [`Server::dispatch`] for read-only shares.
 
+mod decide;
 mod directories;
 mod files;
 mod init;
@@ -14,13 +15,13 @@ mod ioctl;
 mod mapping;
 pub(super) mod message;
 mod names;
+mod open;
 mod xattr;
 
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::time::Duration;
 
 use fuse_backend_rs::api::filesystem::{Context, FileSystem};
 use fuse_backend_rs::passthrough::{CachePolicy, Config, PassthroughFs};
@@ -31,15 +32,13 @@ use vm_memory::GuestMemoryMmap;
 use self::directories::Directories;
 use self::message::{Reply, Request, errno};
 use super::abi::opcode;
+use super::cache::CacheMode;
 use super::counters::Counts;
 use super::hint::HintStore;
 use super::per_file_dax::{ClientDax, PerFileDax};
 use super::policy::Policy;
 use super::window::DaxWindow;
 use crate::virtio::worker::ChainError;
-
-/// How long the guest may use attributes and names without asking again.
-const CACHE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// What a server serves.
 pub(super) struct ServerConfig {
@@ -49,6 +48,8 @@ pub(super) struct ServerConfig {
     pub(super) read_only: bool,
     /// Which files are DAX.
     pub(super) policy: Policy,
+    /// What the guest may keep.
+    pub(super) cache: CacheMode,
     /// The DAX window, if there is one.
     pub(super) window: Option<Arc<DaxWindow>>,
     /// Where to count.
@@ -63,7 +64,8 @@ pub(super) struct Server {
     directories: Directories,
     hints: HintStore,
     /// Pins the directory that `fs` starts from: it opens it anew for each session, by this descriptor.
-    _root: File,
+    root: File,
+    cache: CacheMode,
     read_only: bool,
     /// Whether files can be created in the name of the guest's users.
     privileged: bool,
@@ -76,13 +78,14 @@ impl Server {
     /// # Errors
     /// What the host says of the directory or of /proc.
     pub(super) fn new(config: ServerConfig) -> io::Result<Server> {
-        let ServerConfig { root, read_only, policy, window, counts } = config;
+        let ServerConfig { root, read_only, policy, cache, window, counts } = config;
         let fs = PassthroughFs::new(Config {
             // The final dot makes it the directory and not the link in /proc, which the library would not follow.
             root_dir: format!("/proc/self/fd/{}/.", root.as_raw_fd()),
+            // For the timeouts; open flags are the server's own.
             cache_policy: CachePolicy::Auto,
-            entry_timeout: CACHE_TIMEOUT,
-            attr_timeout: CACHE_TIMEOUT,
+            entry_timeout: cache.timeout(),
+            attr_timeout: cache.timeout(),
             xattr: true,
             killpriv_v2: true,
             // Host inode numbers as node ids: otherwise the library remembers every file that it ever saw.
@@ -92,14 +95,15 @@ impl Server {
         fs.import()?;
         // SAFETY: geteuid(2) has no preconditions and cannot fail.
         let privileged = unsafe { libc::geteuid() } == 0;
-        let dax = PerFileDax::new(policy, Arc::clone(&counts));
+        let dax = PerFileDax::new(policy);
         Ok(Server {
             fs,
             dax,
             window,
             directories: Directories::default(),
             hints: HintStore::default(),
-            _root: root,
+            root,
+            cache,
             read_only,
             privileged,
             counts,

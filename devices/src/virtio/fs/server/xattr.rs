@@ -16,7 +16,7 @@ use super::names::NO_NAME;
 use crate::virtio::fs::hint;
 
 /// The largest value, and the largest list of names, in bytes (XATTR_SIZE_MAX, XATTR_LIST_MAX).
-const SIZE_MAX: u32 = 64 << 10;
+pub(super) const SIZE_MAX: u32 = 64 << 10;
 
 const POSIX_ACL: &[u8] = b"system.posix_acl_";
 

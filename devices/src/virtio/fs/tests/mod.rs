@@ -1,9 +1,12 @@
 //! The device, driven by a fake guest.
 
 mod attributes;
+mod cache;
+mod changes;
 mod device;
 mod files;
 mod hostile;
+mod inherit;
 mod ioctl;
 mod mapping;
 mod negotiation;
