@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 /// How soon a thread comes back, at the latest. It takes a look-up or two: microseconds, much more in an emulated guest.
 const RETURN: Duration = Duration::from_secs(2);
 
-/// Threads that did not come back before it is concluded that the client does not follow. One alone may have been killed.
+/// Threads that did not come back, one after the other, before it is concluded that the client does not follow. One alone may have been killed.
 const LOST_MAX: usize = 3;
 
 /// The most threads that are waited for, so that a guest cannot fill the host's memory.
@@ -47,6 +47,9 @@ impl Refusals {
         if let Some(index) = found {
             waiting.swap_remove(index);
             self.len.store(waiting.len(), Relaxed);
+            if self.lost.load(Relaxed) < LOST_MAX {
+                self.lost.store(0, Relaxed);
+            }
         }
         found.is_some()
     }
@@ -98,6 +101,11 @@ mod tests {
     fn a_client_that_does_not_follow_is_left_alone() {
         let (refusals, start) = (Refusals::default(), Instant::now());
         let later = |seconds| start + Duration::from_secs(seconds);
+        for round in 0..3 {
+            assert!(refusals.may_refuse(100 + round, 10, later(0)) && refusals.may_refuse(200, 11, later(5)));
+            assert!(refusals.is_back(200, 11), "one in two was killed");
+        }
+        refusals.clear();
         for round in 0..3 {
             assert!(refusals.may_refuse(round, 10, later(10 * round)), "{round}");
         }

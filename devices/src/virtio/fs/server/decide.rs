@@ -10,7 +10,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use fuse_backend_rs::abi::fuse_abi::EntryOut;
-use fuse_backend_rs::api::filesystem::{Context, Entry, FileSystem, GetxattrReply};
+use fuse_backend_rs::api::filesystem::{Context, Entry, GetxattrReply};
 
 use super::Server;
 use super::message::{Request, errno};

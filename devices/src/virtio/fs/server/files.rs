@@ -8,7 +8,7 @@ use fuse_backend_rs::abi::fuse_abi::{
     AccessIn, CopyFileRangeIn, FATTR_FH, FSYNC_FDATASYNC, FallocateIn, FlushIn, FsyncIn, GETATTR_FH,
     GetattrIn, LseekIn, LseekOut, ReadIn, SetattrIn, WRITE_CACHE, WriteIn, WriteOut,
 };
-use fuse_backend_rs::api::filesystem::{FileSystem, SetattrValid};
+use fuse_backend_rs::api::filesystem::SetattrValid;
 
 use super::Server;
 use super::init::MAX_WRITE;
@@ -49,7 +49,7 @@ impl Server {
         let ReadIn { fh, offset, size, flags, .. } = request.arg()?;
         let mut body = reply.body()?;
         let (context, nodeid, size) = (self.context(request), request.header.nodeid, size.min(MAX_WRITE));
-        let read = self.fs.read(&context, nodeid, fh, &mut body, size, offset, None, host_flags(flags))?;
+        let read = self.fs.read(&context, nodeid, fh, &mut body, size, offset, host_flags(flags))?;
         reply.finish(read)
     }
 
@@ -62,8 +62,7 @@ impl Server {
         let delayed = fuse_flags & WRITE_CACHE != 0;
         let flags = host_flags(flags);
         let data = &mut request.data();
-        let written =
-            self.fs.write(&context, nodeid, fh, data, size, offset, None, delayed, flags, fuse_flags)?;
+        let written = self.fs.write(&context, nodeid, fh, data, size, offset, delayed, flags, fuse_flags)?;
         reply.object(&WriteOut { size: written as u32, padding: 0 })
     }
 

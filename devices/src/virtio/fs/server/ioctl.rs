@@ -12,7 +12,6 @@ use std::mem::size_of;
 use std::os::fd::AsFd;
 
 use fuse_backend_rs::abi::fuse_abi::{IoctlIn, IoctlOut};
-use fuse_backend_rs::api::filesystem::FileSystem;
 use vm_memory::ByteValued;
 
 use super::Server;

@@ -7,7 +7,7 @@ use std::os::fd::{BorrowedFd, RawFd};
 use std::sync::Arc;
 
 use fuse_backend_rs::abi::virtio_fs::{RemovemappingIn, RemovemappingOne, SetupmappingFlags, SetupmappingIn};
-use fuse_backend_rs::api::filesystem::{Context, FileSystem, SetattrValid};
+use fuse_backend_rs::api::filesystem::{Context, SetattrValid};
 use fuse_backend_rs::transport::FsCacheReqHandler;
 
 use super::Server;
@@ -46,7 +46,7 @@ impl Server {
         let map = |writable| {
             let flags = if writable { READ | WRITE } else { READ };
             let mut mapper = Mapper { window: Arc::clone(window), writable };
-            self.fs.setupmapping(&context, nodeid, 0, ask.foffset, ask.len, flags, ask.moffset, &mut mapper)
+            self.fs.setupmapping(&context, nodeid, ask.foffset, ask.len, flags, ask.moffset, &mut mapper)
         };
         // A client whose tasks touch a chunk at the same time, one to read and one to write, may write through a
         // mapping that it asked for to read (fuse_setup_new_dax_mapping looks again without looking at the mode), and
@@ -112,7 +112,7 @@ impl Server {
     pub(super) fn open_node(&self, context: &Context, nodeid: u64, writable: bool) -> io::Result<File> {
         let mut taker = Taker(None);
         let flags = if writable { READ | WRITE } else { READ };
-        self.fs.setupmapping(context, nodeid, 0, 0, 0, flags, 0, &mut taker)?;
+        self.fs.setupmapping(context, nodeid, 0, 0, flags, 0, &mut taker)?;
         taker.0.ok_or_else(|| errno(libc::EIO))
     }
 }

@@ -16,6 +16,7 @@ mod mapping;
 pub(super) mod message;
 mod names;
 mod open;
+mod unnamed;
 mod xattr;
 
 use std::fs::File;
@@ -23,7 +24,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
-use fuse_backend_rs::api::filesystem::{Context, FileSystem};
+use fuse_backend_rs::api::filesystem::Context;
 use fuse_backend_rs::passthrough::{CachePolicy, Config, PassthroughFs};
 use fuse_backend_rs::transport::{Reader, VirtioFsWriter};
 use virtio_queue::DescriptorChain;
@@ -31,6 +32,7 @@ use vm_memory::GuestMemoryMmap;
 
 use self::directories::Directories;
 use self::message::{Reply, Request, errno};
+use self::unnamed::Files;
 use super::abi::opcode;
 use super::cache::CacheMode;
 use super::counters::Counts;
@@ -58,7 +60,7 @@ pub(super) struct ServerConfig {
 
 /// The server of one share; all queues use it at once.
 pub(super) struct Server {
-    fs: PassthroughFs,
+    fs: Files,
     dax: PerFileDax,
     window: Option<Arc<DaxWindow>>,
     directories: Directories,
@@ -97,7 +99,7 @@ impl Server {
         let privileged = unsafe { libc::geteuid() } == 0;
         let dax = PerFileDax::new(policy);
         Ok(Server {
-            fs,
+            fs: Files::new(fs, cache.timeout()),
             dax,
             window,
             directories: Directories::default(),
@@ -164,6 +166,7 @@ impl Server {
             opcode::ACCESS => self.access(request, reply),
             opcode::OPEN => self.open(request, reply),
             opcode::CREATE => self.create(request, reply),
+            opcode::TMPFILE => self.tmpfile(request, reply),
             opcode::READ => self.read(request, reply),
             opcode::WRITE => self.write(request, reply),
             opcode::FLUSH => self.flush(request, reply),
@@ -191,7 +194,7 @@ impl Server {
             opcode::IOCTL => self.ioctl(request, reply),
             opcode::INTERRUPT | opcode::NOTIFY_REPLY => Ok(0),
             // Among them STATX, which would be answered without the DAX flag; the client asks once and then takes
-            // GETATTR. Locks are not negotiated and stay in the guest. TMPFILE cannot be done through the library.
+            // GETATTR. Locks are not negotiated and stay in the guest.
             _ => Err(errno(libc::ENOSYS)),
         }
     }

@@ -136,8 +136,14 @@ impl Server {
         let LinkIn { oldnodeid } = request.arg()?;
         let mut name = NO_NAME;
         let name = request.name(&mut name)?;
-        let (context, node) = (self.context(request), host_node(oldnodeid).0);
-        let entry = self.fs.link(&context, node, request.header.nodeid, name)?;
+        let (context, node, parent) = (self.context(request), host_node(oldnodeid).0, request.header.nodeid);
+        let entry = match self.fs.unnamed(node) {
+            Some(unnamed) => {
+                unnamed.name(&self.open_node(&context, parent, false)?, name)?;
+                self.fs.lookup(&context, parent, name)?
+            }
+            None => self.fs.link(&context, node, parent, name)?,
+        };
         reply.object(&self.entry_out(&context, entry))
     }
 

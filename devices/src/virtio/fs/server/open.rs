@@ -22,7 +22,7 @@ impl Server {
         let opening = self.admit(&context, request)?;
         let host_flags = host_flags(flags) | flags & libc::O_TRUNC as u32;
         match self.fs.open(&context, nodeid, host_flags, fuse_flags) {
-            Ok((handle, _, _)) => reply.object(&self.open_out(handle, flags, opening)),
+            Ok(handle) => reply.object(&self.open_out(handle, flags, opening)),
             Err(error) => {
                 self.closed(request);
                 Err(error)
@@ -60,9 +60,28 @@ impl Server {
         reply.send(&[entry.as_slice(), self.open_out(handle, flags, opening).as_slice()])
     }
 
+    /// Creates a file without a name. The name that the request has all the same means nothing.
+    pub(super) fn tmpfile(&self, request: &mut Request<'_>, reply: &mut Reply<'_>) -> io::Result<u32> {
+        let mut ask: CreateIn = request.arg()?;
+        self.check_open(ask.flags)?;
+        let flags = ask.flags;
+        ask.flags = host_flags(flags) | flags & libc::O_EXCL as u32;
+        let (context, parent) = (self.context(request), request.header.nodeid);
+        let directory = self.open_node(&context, parent, false)?;
+        let inherits = self.passes_hint_on(&context, parent);
+        let owner = self.privileged.then_some((context.uid, context.gid));
+        let (entry, handle) = self.fs.tmpfile(&directory, owner, &ask)?;
+        if inherits {
+            self.inherit(&context, entry.inode);
+        }
+        let opening = self.admit_created(&context, &entry);
+        let entry = self.dax.entry_out(entry, opening.dax);
+        reply.send(&[entry.as_slice(), self.open_out(Some(handle), flags, opening).as_slice()])
+    }
+
     pub(super) fn release(&self, request: &mut Request<'_>, reply: &mut Reply<'_>) -> io::Result<u32> {
         let ReleaseIn { fh, flags, .. } = request.arg()?;
-        self.fs.release(&self.context(request), request.header.nodeid, flags, fh, false, false, None)?;
+        self.fs.release(&self.context(request), request.header.nodeid, flags, fh)?;
         self.closed(request);
         reply.empty()
     }

@@ -8,7 +8,7 @@ use std::ffi::CStr;
 use std::io;
 
 use fuse_backend_rs::abi::fuse_abi::{GetxattrIn, GetxattrOut, SetxattrIn};
-use fuse_backend_rs::api::filesystem::{FileSystem, GetxattrReply, ListxattrReply};
+use fuse_backend_rs::api::filesystem::{GetxattrReply, ListxattrReply};
 
 use super::Server;
 use super::message::{NAME_MAX, Reply, Request, errno, string};

@@ -10,3 +10,4 @@ mod inherit;
 mod ioctl;
 mod mapping;
 mod negotiation;
+mod tmpfile;
