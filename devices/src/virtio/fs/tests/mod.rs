@@ -8,6 +8,7 @@ mod files;
 mod hostile;
 mod inherit;
 mod ioctl;
+mod kernel;
 mod mapping;
 mod negotiation;
 mod tmpfile;
