@@ -1,12 +1,13 @@
 //! Who was told ESTALE to make it look a file up again, and whether that works with this client.
 //!
 //! Linux answers ESTALE from an OPEN by walking the path once more with LOOKUP_REVAL, and the program notices nothing. Some
-//! opens have no path to walk (by /proc/self/fd, by handle, chattr's own), and a second ESTALE would reach the program. So
+//! opens have no path to walk (by /proc/self/fd, by handle), and a second ESTALE would reach the program. So
 //! a thread that was refused is not refused again when it comes back to the same file, whatever it asks for then.
 //!
-//! An overlay file system on top of the share cannot follow at all: its lower entries must not change, and it gives ESTALE
-//! to its own caller instead of opening again. A thread that does not come back is the sign of that, and after a few of
-//! them nobody is refused in the session any more; files then change when the guest forgets them.
+//! Some clients cannot follow at all. An overlay file system on top of the share gives ESTALE to its own caller instead of
+//! opening again; it is known by its opens (O_NOATIME), but others may be like it. A thread that does not come back is
+//! the sign of that, and after a few of them nobody is refused in the session any more; files then change when the guest
+//! forgets them.
 
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
@@ -67,7 +68,7 @@ impl Refusals {
         } else if lost_before < LOST_MAX && lost_before + lost >= LOST_MAX {
             tracing::warn!(
                 "files of this mount keep their DAX state until the guest forgets them: what opens them does not look \
-                 them up again after ESTALE; an overlay file system on top of the mount does so"
+                 them up again after ESTALE, as if a file system lay on top of the mount"
             );
         }
         self.len.store(waiting.len(), Relaxed);

@@ -272,7 +272,9 @@ impl FakeGuest {
     }
 
     pub(super) fn open(&mut self, nodeid: u64, flags: i32) -> Outcome<OpenOut> {
-        let ask = OpenIn { flags: flags as u32, fuse_flags: 0 };
+        // As open(2) does in a 64-bit kernel.
+        let flags = flags as u32 | rustix::fs::OFlags::LARGEFILE.bits();
+        let ask = OpenIn { flags, fuse_flags: 0 };
         self.call_for(opcode::OPEN, nodeid, &[ask.as_slice()])
     }
 

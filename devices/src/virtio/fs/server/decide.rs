@@ -12,6 +12,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use fuse_backend_rs::abi::fuse_abi::EntryOut;
 use fuse_backend_rs::api::filesystem::{Context, Entry, GetxattrReply};
 
+use rustix::fs::OFlags;
+
 use super::Server;
 use super::message::{Request, errno};
 use super::xattr;
@@ -67,7 +69,7 @@ impl Server {
     /// A file that nobody in the guest has open is decided about anew. This is the moment at which a change shows, be it
     /// of the hint, of the size, or of anything else that the policy looks at, be it made by the guest or on the host,
     /// and however long the client may keep names and attributes.
-    pub(super) fn admit(&self, context: &Context, request: &Request<'_>) -> io::Result<Opening> {
+    pub(super) fn admit(&self, context: &Context, request: &Request<'_>, flags: u32) -> io::Result<Opening> {
         let (node, asked, thread) = (request.header.nodeid, request.dax, request.header.pid);
         match self.dax.client() {
             ClientDax::Off => return Ok(Opening::default()),
@@ -78,7 +80,7 @@ impl Server {
             ClientDax::PerFile => {}
         }
         let inodes = &self.dax.inodes;
-        let is_back = self.dax.refusals.is_back(node, thread);
+        let cannot_retry = self.dax.refusals.is_back(node, thread) || !is_retried(flags);
         // The client opens only what it knows. What is not a regular file is not there either.
         let Some(state) = inodes.state(node, asked) else { return Ok(Opening::default()) };
         if state.is_open_so {
@@ -87,11 +89,11 @@ impl Server {
         let (stat, _) = self.fs.getattr(context, node, None)?;
         let (dax, hint) = match state.is_open {
             true => (state.dax, None),
-            false if is_back => (asked, None),
+            false if cannot_retry => (asked, None),
             false => self.decide(context, node, &stat, Some(state.dax), state.hint),
         };
         let is_refused =
-            dax != asked && !is_back && self.dax.refusals.may_refuse(node, thread, Instant::now());
+            dax != asked && !cannot_retry && self.dax.refusals.may_refuse(node, thread, Instant::now());
         if !state.is_open {
             // A client that cannot follow opens it as it is, and so it is given out as long as that lasts.
             self.note_decision(node, if is_refused { dax } else { asked }, hint);
@@ -233,6 +235,15 @@ impl Server {
         let (Ok(root), Ok(path)) = (root, self.fs.readlinkat_proc_file(node)) else { return Vec::new() };
         path.strip_prefix(root).map(|path| path.as_os_str().as_bytes().to_vec()).unwrap_or_default()
     }
+}
+
+/// Whether a client opens by a path, which it walks again after ESTALE. All system calls that open by path have
+/// O_LARGEFILE in a 64-bit kernel, but for those of 32-bit programs; the opens that the client needs for chattr's ioctls
+/// have not (fs/fuse/ioctl.c, fuse_priv_ioctl_prepare). Overlayfs opens its layers with O_NOATIME, and hands ESTALE on to
+/// the program.
+fn is_retried(flags: u32) -> bool {
+    const _: () = assert!(OFlags::LARGEFILE.bits() != 0, "rustix has the kernel's value, not that of libc");
+    flags & OFlags::LARGEFILE.bits() != 0 && flags & OFlags::NOATIME.bits() == 0
 }
 
 fn size(stat: &libc::stat64) -> u64 {

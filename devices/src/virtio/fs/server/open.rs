@@ -19,7 +19,7 @@ impl Server {
         let OpenIn { flags, fuse_flags } = request.arg()?;
         self.check_open(flags)?;
         let (context, nodeid) = (self.context(request), request.header.nodeid);
-        let opening = self.admit(&context, request)?;
+        let opening = self.admit(&context, request, flags)?;
         let host_flags = host_flags(flags) | flags & libc::O_TRUNC as u32;
         match self.fs.open(&context, nodeid, host_flags, fuse_flags) {
             Ok(handle) => reply.object(&self.open_out(handle, flags, opening)),

@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use std::sync::Barrier;
 use std::time::Duration;
 
-use fuse_backend_rs::abi::fuse_abi::{EntryOut, InHeader};
+use fuse_backend_rs::abi::fuse_abi::{EntryOut, InHeader, OpenIn, OpenOut};
 use tempfile::TempDir;
 use virtio_queue::desc::RawDescriptor;
 use virtio_queue::desc::split::Descriptor;
@@ -170,6 +170,27 @@ fn an_open_that_cannot_be_retried_does_not_fail_for_ever() {
     guest.release(old, other).unwrap();
     assert_eq!(guest.open(old, libc::O_RDONLY).unwrap_err(), libc::ESTALE);
     assert!(is_dax(&guest.lookup(ROOT, "file").unwrap()));
+}
+
+#[test]
+fn opens_that_are_not_by_path_are_not_refused() {
+    let Some(directory) = directory_with_flags() else { return };
+    let mut guest = mounted_on(directory, Policy::Inode);
+    guest.host_file("file", 1);
+    let old = guest.lookup(ROOT, "file").unwrap().nodeid;
+    set_hint(&guest, "file", true);
+    let internal = OpenIn::default();
+    for _ in 0..3 {
+        let opened = guest.call(opcode::OPEN, old, &[internal.as_slice()]).unwrap();
+        let opened = *OpenOut::from_slice(&opened).unwrap();
+        guest.release(old, opened.fh).unwrap();
+        // Overlayfs.
+        let fh = guest.open(old, libc::O_RDONLY | libc::O_NOATIME).unwrap().fh;
+        // It is open so now, for others too.
+        assert_eq!(guest.lookup(ROOT, "file").unwrap().nodeid, old);
+        guest.release(old, fh).unwrap();
+    }
+    assert_eq!(guest.open(old, libc::O_RDONLY).unwrap_err(), libc::ESTALE);
 }
 
 #[test]

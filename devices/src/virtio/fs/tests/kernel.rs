@@ -297,3 +297,42 @@ fn a_file_without_a_name_gets_one() {
         assert_eq!(std::fs::read_dir(&mount.share).unwrap().count(), 1);
     }
 }
+
+#[test]
+fn an_overlay_on_top_opens_what_it_knows() {
+    for share in directories_with_hints() {
+        let Some(mount) = Mount::new(share, Policy::Inode) else { return };
+        std::fs::write(mount.host("file"), "hello").unwrap();
+        let Ok(layers) = TempDir::new_in("/dev/shm") else { return };
+        for name in ["upper", "work", "merged"] {
+            std::fs::create_dir(layers.path().join(name)).unwrap();
+        }
+        let (lower, layers) = (mount.mountpoint.path().display(), layers.path());
+        let at = layers.display();
+        let options =
+            CString::new(format!("lowerdir={lower},upperdir={at}/upper,workdir={at}/work")).unwrap();
+        let target = CString::new(layers.join("merged").as_os_str().as_bytes()).unwrap();
+        let (kind, data) = (c"overlay".as_ptr(), options.as_ptr().cast());
+        // SAFETY: all are strings that live through the call.
+        if unsafe { libc::mount(kind, target.as_ptr(), kind, 0, data) } != 0 {
+            eprintln!("SKIPPED: cannot mount an overlay: {}", io::Error::last_os_error());
+            return;
+        }
+        let merged = layers.join("merged/file");
+        let read = || std::fs::read(&merged);
+        let outcomes: Vec<_> = (0..4)
+            .map(|round| {
+                mount.set_hint("file", round % 2 == 1);
+                read()
+            })
+            .collect();
+        // Writing to it copies the file up, which opens it like any program; but not twice.
+        let written = [std::fs::write(&merged, "up"), std::fs::write(&merged, "up")];
+        // SAFETY: the string lives through the call.
+        assert_eq!(unsafe { libc::umount2(target.as_ptr(), libc::MNT_DETACH) }, 0);
+        assert!(outcomes.into_iter().all(|outcome| outcome.unwrap() == b"hello"));
+        let written = written.map(|outcome| outcome.map_err(|error| error.raw_os_error()));
+        assert_eq!(written, [Err(Some(libc::ESTALE)), Ok(())]);
+        assert_eq!(std::fs::read(mount.host("file")).unwrap(), b"hello");
+    }
+}
