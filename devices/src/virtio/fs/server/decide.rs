@@ -229,10 +229,15 @@ impl Server {
         }
     }
 
-    /// Where the client found a file, relative to the share; empty if it is there no more.
+    /// Where the client found a file first, relative to the share; empty if it is there no more.
     fn path(&self, node: u64) -> Vec<u8> {
+        const GONE: &[u8] = b" (deleted)";
         let root = std::fs::read_link(format!("/proc/self/fd/{}", self.root.as_raw_fd()));
         let (Ok(root), Ok(path)) = (root, self.fs.readlinkat_proc_file(node)) else { return Vec::new() };
+        // A name may end so, too.
+        if path.as_os_str().as_bytes().ends_with(GONE) && std::fs::symlink_metadata(&path).is_err() {
+            return Vec::new();
+        }
         path.strip_prefix(root).map(|path| path.as_os_str().as_bytes().to_vec()).unwrap_or_default()
     }
 }
@@ -257,4 +262,30 @@ fn now() -> Duration {
 /// A file's time; the epoch for one before it.
 fn since_epoch(seconds: i64, nanoseconds: i64) -> Duration {
     Duration::new(u64::try_from(seconds).unwrap_or(0), u32::try_from(nanoseconds).unwrap_or(0))
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::virtio::fs::inodes::host_node;
+    use crate::virtio::fs::policy::Policy;
+    use crate::virtio::fs::testing::{FakeGuest, ROOT};
+
+    #[test]
+    fn paths_are_relative_to_the_share() {
+        let mut guest = FakeGuest::mounted(Policy::Always);
+        let directory = guest.mkdir(ROOT, "directory").unwrap().nodeid;
+        let (entry, _) = guest.create(directory, "file \n", libc::O_RDWR).unwrap();
+        let (odd, _) = guest.create(ROOT, "odd (deleted)", libc::O_RDWR).unwrap();
+        let server = std::sync::Arc::clone(&guest.device.server);
+        let path = |nodeid| String::from_utf8(server.path(host_node(nodeid).0)).unwrap();
+        assert_eq!((path(ROOT), path(directory)), (String::new(), "directory".into()));
+        assert_eq!(
+            (path(entry.nodeid), path(odd.nodeid)),
+            ("directory/file \n".into(), "odd (deleted)".into())
+        );
+        guest.rename(ROOT, "directory", "moved", 0).unwrap();
+        assert_eq!(path(entry.nodeid), "moved/file \n");
+        guest.unlink(directory, "file \n").unwrap();
+        assert_eq!((path(entry.nodeid), path(12345)), (String::new(), String::new()));
+    }
 }
