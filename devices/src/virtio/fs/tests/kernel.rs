@@ -11,8 +11,10 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use fuse_backend_rs::abi::fuse_abi::InHeader;
 use tempfile::TempDir;
@@ -334,5 +336,40 @@ fn an_overlay_on_top_opens_what_it_knows() {
         let written = written.map(|outcome| outcome.map_err(|error| error.raw_os_error()));
         assert_eq!(written, [Err(Some(libc::ESTALE)), Ok(())]);
         assert_eq!(std::fs::read(mount.host("file")).unwrap(), b"hello");
+    }
+}
+
+#[test]
+fn no_thread_ever_sees_an_error() {
+    for share in directories_with_hints() {
+        let Some(mount) = Mount::new(share, Policy::Inode) else { return };
+        std::fs::write(mount.host("a"), "hello").unwrap();
+        std::fs::hard_link(mount.host("a"), mount.host("b")).unwrap();
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let readers: Vec<_> = (0..4)
+                .map(|reader| {
+                    let (mount, done) = (&mount, &done);
+                    scope.spawn(move || {
+                        let mut count = 0;
+                        while !done.load(Relaxed) {
+                            let name = if (reader + count) % 2 == 0 { "a" } else { "b" };
+                            assert_eq!(std::fs::read(mount.path(name)).unwrap(), b"hello");
+                            count += 1;
+                            // There must be moments at which nobody has it open.
+                            std::thread::sleep(Duration::from_micros(300 * reader + 100));
+                        }
+                        count
+                    })
+                })
+                .collect();
+            for change in 0..400 {
+                mount.set_hint("a", change % 2 == 0);
+                std::thread::sleep(Duration::from_micros(500));
+            }
+            done.store(true, Relaxed);
+            assert!(readers.into_iter().all(|reader| reader.join().unwrap() > 10));
+        });
+        assert!(mount.counters().reincarnations > 10, "{:?}", mount.counters());
     }
 }
