@@ -204,7 +204,7 @@ fn a_file_system_without_hints_says_so() {
         config.policy = Policy::Inode;
     });
     guest.init(PER_FILE).unwrap();
-    let entry = guest.lookup(ROOT, "status").unwrap();
+    let entry = guest.lookup(ROOT, "comm").unwrap();
     assert_eq!((entry.attr.flags, flags(&mut guest, entry.nodeid)), (0, Ok(0)));
     assert_eq!(attributes(&mut guest, entry.nodeid), Ok(FsXattr::default()));
     assert_eq!(set_flags(&mut guest, entry.nodeid, FLAG), Err(libc::EOPNOTSUPP));
