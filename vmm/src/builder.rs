@@ -212,6 +212,7 @@ fn add_share(
         read_only: share.read_only,
         window_size: share.window.unwrap_or_else(default_window),
         policy,
+        cache: share.cache,
         request_queues: config.cpus.min(MAX_REQUEST_QUEUES).into(),
     })
     .map_err(|source| BuildError::Share { tag: share.tag.clone(), source })?;

@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use devices::virtio::fs::CacheMode;
 use serde::{Deserialize, Serialize};
 
 use crate::arch::x86_64::MAX_VCPUS;
@@ -63,6 +64,9 @@ pub struct ShareConfig {
     /// Which files are DAX.
     #[serde(default)]
     pub dax: DaxConfig,
+    /// What the guest may keep of what it has seen.
+    #[serde(default)]
+    pub cache: CacheMode,
 }
 
 /// Which files of a share are DAX.
@@ -177,6 +181,7 @@ mod tests {
             read_only: false,
             window: None,
             dax: DaxConfig::Always,
+            cache: CacheMode::Auto,
         }
     }
 

@@ -1,16 +1,19 @@
-//! `--share tag=TAG,path=DIR[,ro][,window=SIZE][,dax=POLICY]`.
+//! `--share tag=TAG,path=DIR[,ro][,window=SIZE][,dax=POLICY][,cache=MODE]`.
 
 use std::path::PathBuf;
+
+use devices::virtio::fs::CacheMode;
 
 use super::size::parse_size;
 use crate::config::{DaxConfig, ShareConfig};
 
-const KEYS: [&str; 5] = ["tag", "path", "ro", "window", "dax"];
+const KEYS: [&str; 6] = ["tag", "path", "ro", "window", "dax", "cache"];
 
 /// Parses the value of `--share`.
 pub fn parse_share(text: &str) -> Result<ShareConfig, String> {
     let (mut tag, mut path) = (None, None);
     let (mut read_only, mut window, mut dax) = (false, None, DaxConfig::default());
+    let mut cache = CacheMode::default();
     for part in text.split(',') {
         let (key, value) = match part.split_once('=') {
             Some((key, value)) => (key, Some(value)),
@@ -29,17 +32,20 @@ pub fn parse_share(text: &str) -> Result<ShareConfig, String> {
             },
             "window" => window = Some(parse_size(value("256M")?)?),
             "dax" => dax = parse_dax(value("always")?)?,
+            "cache" => cache = parse_cache(value("auto")?)?,
             _ => return Err(unknown("key", key, &KEYS)),
         }
     }
-    let missing =
-        |key: &str| format!("a share needs `{key}`: tag=TAG,path=DIR[,ro][,window=SIZE][,dax=POLICY]");
+    let missing = |key: &str| {
+        format!("a share needs `{key}`: tag=TAG,path=DIR[,ro][,window=SIZE][,dax=POLICY][,cache=MODE]")
+    };
     Ok(ShareConfig {
         tag: tag.ok_or_else(|| missing("tag"))?,
         path: path.ok_or_else(|| missing("path"))?,
         read_only,
         window,
         dax,
+        cache,
     })
 }
 
@@ -49,6 +55,10 @@ fn parse_dax(text: &str) -> Result<DaxConfig, String> {
         "always" => Ok(DaxConfig::Always),
         _ => Err(unknown("DAX policy", text, &["never", "always"])),
     }
+}
+
+fn parse_cache(text: &str) -> Result<CacheMode, String> {
+    text.parse().map_err(|_| unknown("cache mode", text, &["never", "none", "auto", "metadata", "always"]))
 }
 
 /// Says what was not understood, and what was probably meant.
@@ -70,9 +80,11 @@ mod tests {
 
     #[test]
     fn a_share_with_everything() {
-        let share = parse_share("tag=src,path=/a=b,ro,window=64M,dax=never").unwrap();
+        let share = parse_share("tag=src,path=/a=b,ro,window=64M,dax=never,cache=none").unwrap();
         assert_eq!((share.tag.as_str(), share.path.to_str()), ("src", Some("/a=b")));
         assert_eq!((share.read_only, share.window, share.dax), (true, Some(64 << 20), DaxConfig::Never));
+        assert_eq!(share.cache, CacheMode::Never);
+        assert_eq!(parse_share("tag=src,path=/").unwrap().cache, CacheMode::Auto);
     }
 
     #[test]
@@ -85,6 +97,7 @@ mod tests {
             ("tag=a,path=/,ro=1", "takes no value"),
             ("tag=a,path=/,window=lots", "is no size"),
             ("tag=a,path=/,dax=alway", "did you mean `always`"),
+            ("tag=a,path=/,cache=alway", "did you mean `always`"),
             ("tag=a,path=/,readonly", "known are"),
         ] {
             let error = parse_share(text).unwrap_err();

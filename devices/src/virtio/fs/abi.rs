@@ -1,4 +1,4 @@
-//! The parts of the FUSE protocol (include/uapi/linux/fuse.h, version 7.36) that fuse-backend-rs does not define.
+//! The parts of the FUSE protocol (include/uapi/linux/fuse.h, versions up to 7.39) that fuse-backend-rs does not define.
 
 /// Operation codes.
 pub(super) mod opcode {
@@ -114,8 +114,12 @@ pub(super) const MIN_MINOR_VERSION: u32 = 31;
 /// `fuse_attr.flags`: the file's pages are accessed through the DAX window.
 pub(super) const ATTR_DAX: u32 = 1 << 1;
 
+/// `fuse_open_out.open_flags`: the client's page cache is bypassed. DAX inodes ignore it.
+pub(super) const FOPEN_DIRECT_IO: u32 = 1 << 0;
 /// `fuse_open_out.open_flags`: what the client has cached of the file stays valid.
 pub(super) const FOPEN_KEEP_CACHE: u32 = 1 << 1;
+/// `fuse_open_out.open_flags`: the client may keep the directory's listing.
+pub(super) const FOPEN_CACHE_DIR: u32 = 1 << 3;
 /// `fuse_open_out.open_flags`: no FLUSH is needed when a descriptor of the file is closed.
 pub(super) const FOPEN_NOFLUSH: u32 = 1 << 5;
 
@@ -135,4 +139,5 @@ pub(super) mod init {
     pub(crate) const HANDLE_KILLPRIV_V2: u64 = 1 << 28;
     pub(crate) const INIT_EXT: u64 = 1 << 30;
     pub(crate) const HAS_INODE_DAX: u64 = 1 << 33;
+    pub(crate) const DIRECT_IO_ALLOW_MMAP: u64 = 1 << 36;
 }

@@ -18,11 +18,16 @@ pub struct FileSystemCounters {
     pub window: Option<WindowCounters>,
     /// Requests of each operation that was asked for, by its name in the FUSE protocol; `OTHER` for unknown ones.
     pub requests: BTreeMap<&'static str, u64>,
-    /// Times that an entry reply (LOOKUP, CREATE, MKNOD, LINK, READDIRPLUS) told a client with per-file DAX that a
-    /// regular file is DAX.
+    /// Times that a client with per-file DAX got to know a regular file as DAX: one that it did not know (any more), or
+    /// one that had not been so.
     pub dax_granted: u64,
-    /// Times that such a reply told it that a regular file is not.
+    /// Times that it got to know one as not DAX, likewise.
     pub dax_denied: u64,
+    /// Those of both that changed a file which the client knew. Each costs it a second look-up.
+    pub reincarnations: u64,
+    /// Times that the host was asked for a file's persistent hint, for the policy or for what a new file inherits. None
+    /// without a client with per-file DAX.
+    pub hint_queries: u64,
 }
 
 /// The living counters, written by all queues.
@@ -31,6 +36,8 @@ pub(super) struct Counts {
     other: AtomicU64,
     granted: AtomicU64,
     denied: AtomicU64,
+    changed: AtomicU64,
+    hint_queries: AtomicU64,
 }
 
 impl Counts {
@@ -40,6 +47,8 @@ impl Counts {
             other: AtomicU64::new(0),
             granted: AtomicU64::new(0),
             denied: AtomicU64::new(0),
+            changed: AtomicU64::new(0),
+            hint_queries: AtomicU64::new(0),
         }
     }
 
@@ -49,6 +58,14 @@ impl Counts {
 
     pub(super) fn decided(&self, dax: bool) {
         if dax { &self.granted } else { &self.denied }.fetch_add(1, Relaxed);
+    }
+
+    pub(super) fn changed(&self) {
+        self.changed.fetch_add(1, Relaxed);
+    }
+
+    pub(super) fn hint_query(&self) {
+        self.hint_queries.fetch_add(1, Relaxed);
     }
 }
 
@@ -77,6 +94,8 @@ impl CountersHandle {
             requests,
             dax_granted: self.counts.granted.load(Relaxed),
             dax_denied: self.counts.denied.load(Relaxed),
+            reincarnations: self.counts.changed.load(Relaxed),
+            hint_queries: self.counts.hint_queries.load(Relaxed),
         }
     }
 }

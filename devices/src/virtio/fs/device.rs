@@ -9,6 +9,7 @@ use std::sync::Arc;
 use virtio_queue::DescriptorChain;
 use vm_memory::GuestMemoryMmap;
 
+use super::cache::CacheMode;
 use super::counters::{CountersHandle, Counts};
 use super::policy::Policy;
 use super::server::{Server, ServerConfig};
@@ -42,6 +43,8 @@ pub struct FileSystemConfig {
     pub window_size: u64,
     /// Which files are DAX.
     pub policy: Policy,
+    /// What the guest may keep of what it has seen.
+    pub cache: CacheMode,
     /// Number of request queues, each with its own thread; 1 to [`MAX_REQUEST_QUEUES`].
     pub request_queues: u16,
 }
@@ -109,7 +112,7 @@ impl FileSystemDevice {
     /// # Errors
     /// [`FileSystemError`], which names what to change.
     pub fn new(config: FileSystemConfig) -> Result<FileSystemDevice, FileSystemError> {
-        let FileSystemConfig { tag, path, read_only, window_size, policy, request_queues } = config;
+        let FileSystemConfig { tag, path, read_only, window_size, policy, cache, request_queues } = config;
         if tag.is_empty() || tag.len() > TAG_LEN || tag.contains('\0') {
             return Err(FileSystemError::Tag(tag));
         }
@@ -129,8 +132,14 @@ impl FileSystemDevice {
             Err(source) => return Err(FileSystemError::Path { path, source }),
         };
         let counts = Arc::new(Counts::new());
-        let server =
-            ServerConfig { root, read_only, policy, window: window.clone(), counts: Arc::clone(&counts) };
+        let server = ServerConfig {
+            root,
+            read_only,
+            policy,
+            cache,
+            window: window.clone(),
+            counts: Arc::clone(&counts),
+        };
         let server = match Server::new(server) {
             Ok(server) => Arc::new(server),
             Err(source) => return Err(FileSystemError::Server { path, source }),

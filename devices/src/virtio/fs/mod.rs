@@ -5,10 +5,14 @@
 //! with attributes from `per_file_dax`, which asks the [`policy`]; mappings go to the [`window`].
 
 mod abi;
+mod cache;
 mod counters;
 mod device;
+pub mod hint;
+mod inodes;
 mod per_file_dax;
 pub mod policy;
+mod refusals;
 mod server;
 #[cfg(test)]
 mod testing;
@@ -16,5 +20,6 @@ mod testing;
 mod tests;
 pub mod window;
 
+pub use self::cache::{CacheMode, UnknownCacheMode};
 pub use self::counters::{CountersHandle, FileSystemCounters};
 pub use self::device::{FileSystemConfig, FileSystemDevice, FileSystemError, MAX_REQUEST_QUEUES};

@@ -1,6 +1,5 @@
 //! Per-file DAX as the guest sees it: what was negotiated, and the one place where attributes are built.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
 use std::time::Duration;
 
@@ -8,8 +7,9 @@ use fuse_backend_rs::abi::fuse_abi::{Attr, AttrOut, EntryOut};
 use fuse_backend_rs::api::filesystem::Entry;
 
 use super::abi::{ATTR_DAX, init};
-use super::counters::Counts;
-use super::policy::{FileFacts, Policy};
+use super::inodes::{Inodes, node_id};
+use super::policy::Policy;
+use super::refusals::Refusals;
 
 /// How the client decides which files are DAX; it follows from what its INIT offers.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -36,6 +36,22 @@ impl ClientDax {
         }
     }
 
+    /// Why no file of a share with a window will be DAX for a client that offers these flags, and what to do about it.
+    /// `None` if files can be.
+    pub(super) fn why_off(self, flags: u64) -> Option<&'static str> {
+        match self {
+            ClientDax::PerFile | ClientDax::Always => None,
+            ClientDax::Off if flags & init::HAS_INODE_DAX != 0 => Some(
+                "the guest's kernel asks for per-file DAX but cannot use the window: give it CONFIG_FUSE_DAX, \
+                 CONFIG_FS_DAX and CONFIG_ZONE_DEVICE, and look for `virtio_fs` in its messages",
+            ),
+            ClientDax::Off => Some(
+                "the guest mounts it with `dax=never`, or its kernel has no DAX for virtio-fs (Linux 5.10, per file \
+                 5.17): mount it with `-o dax=inode`, or give the share `window=0` to save the guest's memory",
+            ),
+        }
+    }
+
     /// The INIT flags that tell the client that the device goes along.
     pub(super) fn reply_flags(self) -> u64 {
         match self {
@@ -46,20 +62,28 @@ impl ClientDax {
     }
 }
 
-/// A share's policy and its client's mode, and what they make of a file's attributes.
+/// A share's policy, what its client negotiated, and which files the client knows.
 pub(super) struct PerFileDax {
-    policy: Policy,
+    pub(super) policy: Policy,
     client: AtomicU8,
-    counts: Arc<Counts>,
+    pub(super) inodes: Inodes,
+    pub(super) refusals: Refusals,
 }
 
 impl PerFileDax {
-    pub(super) fn new(policy: Policy, counts: Arc<Counts>) -> PerFileDax {
-        PerFileDax { policy, client: AtomicU8::new(ClientDax::Off as u8), counts }
+    pub(super) fn new(policy: Policy) -> PerFileDax {
+        PerFileDax {
+            policy,
+            client: AtomicU8::new(ClientDax::Off as u8),
+            inodes: Inodes::default(),
+            refusals: Refusals::default(),
+        }
     }
 
-    /// Notes what was negotiated.
+    /// Notes what was negotiated, at the start of a session in which nothing is known yet.
     pub(super) fn set_client(&self, client: ClientDax) {
+        self.inodes.clear();
+        self.refusals.clear();
         // Relaxed: the client sends nothing before it has seen the reply to INIT, and that orders it.
         self.client.store(client as u8, Relaxed);
     }
@@ -73,47 +97,34 @@ impl PerFileDax {
         }
     }
 
-    /// The one builder of attributes. A file's DAX flag must be the same in every reply: where it is not, the client
-    /// throws the inode and its mappings away at the next last close (fs/fuse/dax.c, fuse_dax_dontcache).
-    fn attr(&self, stat: libc::stat64) -> Attr {
-        let dax =
-            self.client() == ClientDax::PerFile && self.policy.decide(&FileFacts::from(&stat), None).dax;
-        Attr::with_flags(stat, if dax { ATTR_DAX } else { 0 })
+    /// Whether it is decided about a file of this mode: it is a regular one, and the client goes by the decision.
+    pub(super) fn is_per_file(&self, mode: u32) -> bool {
+        mode & libc::S_IFMT == libc::S_IFREG && self.client() == ClientDax::PerFile
     }
 
-    /// The reply to GETATTR and SETATTR.
-    pub(super) fn attr_out(&self, stat: libc::stat64, timeout: Duration) -> AttrOut {
+    /// The one builder of attributes. The flag belongs to the node id (see [`super::inodes`]) and is the same in every
+    /// reply: where it is not, the client throws the inode and its mappings away at the next last close
+    /// (fs/fuse/dax.c, fuse_dax_dontcache).
+    fn attr(&self, stat: libc::stat64, dax: bool) -> Attr {
+        let flags = if dax && self.is_per_file(stat.st_mode) { ATTR_DAX } else { 0 };
+        Attr::with_flags(stat, flags)
+    }
+
+    /// The reply to GETATTR and SETATTR of a node that is DAX or not.
+    pub(super) fn attr_out(&self, stat: libc::stat64, timeout: Duration, dax: bool) -> AttrOut {
         AttrOut {
             attr_valid: timeout.as_secs(),
             attr_valid_nsec: timeout.subsec_nanos(),
             dummy: 0,
-            attr: self.attr(stat),
+            attr: self.attr(stat, dax),
         }
     }
 
     /// The reply to all that yields an inode. The client decides here, and only here, whether the inode is DAX.
-    pub(super) fn entry_out(&self, entry: Entry) -> EntryOut {
-        let attr = self.attr(entry.attr);
-        if self.client() == ClientDax::PerFile && attr.mode & libc::S_IFMT == libc::S_IFREG {
-            self.counts.decided(attr.flags & ATTR_DAX != 0);
-        }
-        EntryOut { attr, ..EntryOut::from(entry) }
-    }
-
-    /// Whether the client is likely to hold a file as DAX, so that an OPEN that lets it drop what it has cached would
-    /// only make it take the file's mappings out of its page tables.
-    pub(super) fn is_dax(&self, stat: &libc::stat64) -> bool {
-        let facts = FileFacts::from(stat);
-        match self.client() {
-            ClientDax::Off => false,
-            ClientDax::PerFile => self.policy.decide(&facts, None).dax,
-            ClientDax::Always => self.policy.allows_mapping(&facts),
-        }
-    }
-
-    /// Whether the client may map a file: it negotiated a window, and the policy does not forbid it.
-    pub(super) fn may_map(&self, stat: &libc::stat64) -> bool {
-        self.client() != ClientDax::Off && self.policy.allows_mapping(&FileFacts::from(stat))
+    pub(super) fn entry_out(&self, entry: Entry, dax: bool) -> EntryOut {
+        let attr = self.attr(entry.attr, dax);
+        let nodeid = node_id(entry.inode, dax);
+        EntryOut { nodeid, attr, ..EntryOut::from(entry) }
     }
 }
 
@@ -136,6 +147,17 @@ mod tests {
         ] {
             assert_eq!(ClientDax::from_offer(flags, has_window), mode, "{flags:#x} {has_window}");
             assert_eq!(mode.reply_flags(), reply);
+        }
+    }
+    #[test]
+    fn a_window_that_is_not_used_has_a_reason() {
+        let (align, inode) = (init::MAP_ALIGNMENT, init::HAS_INODE_DAX);
+        for (flags, says) in
+            [(0, Some("dax=never")), (inode, Some("CONFIG_FUSE_DAX")), (align, None), (align | inode, None)]
+        {
+            let reason = ClientDax::from_offer(flags, true).why_off(flags);
+            assert_eq!(reason.is_some(), says.is_some(), "{flags:#x}");
+            assert!(says.is_none_or(|says| reason.unwrap().contains(says)), "{reason:?}");
         }
     }
 }

@@ -1,6 +1,8 @@
 //! A fake guest driver: sends FUSE requests to a device through descriptor chains in a guest memory of its own, with a
 //! temporary directory as the share.
 
+mod file_systems;
+
 use std::mem::size_of;
 use std::path::PathBuf;
 
@@ -17,7 +19,11 @@ use virtio_queue::desc::split::Descriptor;
 use virtio_queue::mock::MockSplitQueue;
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryMmap};
 
+pub(super) use self::file_systems::{
+    directories_with_hints, directory_with_attributes, directory_with_flags,
+};
 use super::abi::{init, opcode};
+use super::cache::CacheMode;
 use super::policy::Policy;
 use super::window::{CHUNK_SIZE, MIN_WINDOW_SIZE};
 use super::{FileSystemConfig, FileSystemCounters, FileSystemDevice};
@@ -48,6 +54,8 @@ pub(super) struct FakeGuest {
     pub(super) device: FileSystemDevice,
     pub(super) memory: GuestMemoryMmap,
     unique: u64,
+    /// The thread that asks.
+    pub(super) thread: u32,
 }
 
 impl FakeGuest {
@@ -68,11 +76,18 @@ impl FakeGuest {
             read_only: false,
             window_size: MIN_WINDOW_SIZE,
             policy: Policy::Always,
+            cache: CacheMode::default(),
             request_queues: 1,
         };
         change(&mut config);
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY_SIZE)]).unwrap();
-        FakeGuest { directory, device: FileSystemDevice::new(config).unwrap(), memory, unique: 0 }
+        FakeGuest {
+            directory,
+            device: FileSystemDevice::new(config).unwrap(),
+            memory,
+            unique: 0,
+            thread: 1000,
+        }
     }
 
     /// The same, with a session in per-file mode.
@@ -159,8 +174,14 @@ impl FakeGuest {
     pub(super) fn message(&mut self, code: u32, nodeid: u64, parts: &[&[u8]]) -> Vec<u8> {
         self.unique += 1;
         let len = parts.iter().fold(size_of::<InHeader>(), |len, part| len + part.len());
-        let header =
-            InHeader { len: len as u32, opcode: code, unique: self.unique, nodeid, ..InHeader::default() };
+        let header = InHeader {
+            len: len as u32,
+            opcode: code,
+            unique: self.unique,
+            nodeid,
+            pid: self.thread,
+            ..InHeader::default()
+        };
         [header.as_slice()].iter().chain(parts).flat_map(|part| part.iter().copied()).collect()
     }
 
@@ -251,7 +272,9 @@ impl FakeGuest {
     }
 
     pub(super) fn open(&mut self, nodeid: u64, flags: i32) -> Outcome<OpenOut> {
-        let ask = OpenIn { flags: flags as u32, fuse_flags: 0 };
+        // As open(2) does in a 64-bit kernel.
+        let flags = flags as u32 | rustix::fs::OFlags::LARGEFILE.bits();
+        let ask = OpenIn { flags, fuse_flags: 0 };
         self.call_for(opcode::OPEN, nodeid, &[ask.as_slice()])
     }
 

@@ -18,6 +18,10 @@ pub enum Policy {
     Always,
     /// No file is.
     Never,
+    /// Regular files with the persistent hint.
+    Inode,
+    /// Regular files of at least so many bytes.
+    Size(u64),
 }
 
 /// Whether a file is DAX, and why.
@@ -40,6 +44,10 @@ pub enum Reason {
     Always,
     /// The same.
     Never,
+    /// The persistent hint.
+    Hint,
+    /// The file's size.
+    Size,
 }
 
 /// The needs of policies that ask for nothing.
@@ -48,7 +56,8 @@ static NOTHING: Needs = Needs { path: false, hint: false, capabilities: false, x
 impl Policy {
     /// The facts that the policy asks for beside those of stat(2).
     pub fn needs(&self) -> &Needs {
-        &NOTHING
+        static HINT: Needs = Needs { path: false, hint: true, capabilities: false, xattrs: Vec::new() };
+        if *self == Policy::Inode { &HINT } else { &NOTHING }
     }
 
     /// Decides about one file. `current` is what the guest now takes the file for, if it knows the file: a policy with
@@ -60,6 +69,8 @@ impl Policy {
             Policy::Always if is_set_id(facts.mode) => (false, Reason::SetId),
             Policy::Always => (true, Reason::Always),
             Policy::Never => (false, Reason::Never),
+            Policy::Inode => (facts.hint, Reason::Hint),
+            Policy::Size(least) => (facts.size >= *least, Reason::Size),
         };
         Decision { dax, reason }
     }
@@ -67,7 +78,7 @@ impl Policy {
     /// Whether a client may map a file that it takes for DAX whatever its attributes say: `dax=always` mounts do not
     /// ask.
     pub fn allows_mapping(&self, facts: &FileFacts<'_>) -> bool {
-        matches!(self.decide(facts, None).reason, Reason::SetId | Reason::Always)
+        *self != Policy::Never && facts.mode & libc::S_IFMT == libc::S_IFREG
     }
 }
 
@@ -79,10 +90,12 @@ pub(super) fn is_set_id(mode: u32) -> bool {
 
 impl fmt::Display for Policy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Policy::Always => "always",
-            Policy::Never => "never",
-        })
+        match self {
+            Policy::Always => f.write_str("always"),
+            Policy::Never => f.write_str("never"),
+            Policy::Inode => f.write_str("inode"),
+            Policy::Size(least) => write!(f, "size:{least}"),
+        }
     }
 }
 

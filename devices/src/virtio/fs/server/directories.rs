@@ -54,6 +54,14 @@ impl Directories {
         directory.cloned().ok_or_else(|| errno(libc::EBADF))
     }
 
+    /// The directory that a handle is open on.
+    ///
+    /// # Errors
+    /// EBADF if it is none of this node's; EMFILE.
+    pub(super) fn file(&self, handle: u64, nodeid: u64) -> io::Result<File> {
+        self.get(handle, nodeid)?.file.try_clone()
+    }
+
     fn remove(&self, handle: u64, nodeid: u64) -> io::Result<()> {
         self.get(handle, nodeid)?;
         self.open.write().unwrap_or_else(PoisonError::into_inner).remove(&handle);
@@ -75,7 +83,7 @@ impl Server {
             return Err(errno(libc::ENOTDIR));
         }
         let fh = self.directories.insert(nodeid, file);
-        reply.object(&OpenOut { fh, ..Default::default() })
+        reply.object(&OpenOut { fh, open_flags: self.cache.directory_flags(), ..Default::default() })
     }
 
     /// READDIR, and READDIRPLUS, which gives the inodes too.
@@ -114,7 +122,7 @@ impl Server {
                     b"." | b".." => None,
                     _ => self.fs.lookup(&context, nodeid, entry.name).ok(),
                 };
-                let found = found.map_or_else(EntryOut::default, |found| self.dax.entry_out(found));
+                let found = found.map_or_else(EntryOut::default, |found| self.entry_out(&context, found));
                 body.write_all(found.as_slice())?;
             }
             let dirent = Dirent {

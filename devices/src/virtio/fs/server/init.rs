@@ -51,12 +51,16 @@ impl Server {
 
         self.end_session();
         let client = ClientDax::from_offer(offered, self.window.is_some());
-        let used = offered & (WANTED | client.reply_flags());
+        let direct = if self.cache.is_direct() { init::DIRECT_IO_ALLOW_MMAP } else { 0 };
+        let used = offered & (WANTED | direct | client.reply_flags());
         // The library is told what it acts on. It can only switch killpriv_v2 on, but then nothing follows from it
         // unless the client asks for it in each request.
         self.fs.init(FsOptions::from_bits_truncate(used))?;
         self.dax.set_client(client);
         tracing::debug!(minor = offer.minor, ?client, offered, used, "a client has mounted the share");
+        if let Some(reason) = client.why_off(offered).filter(|_| self.window.is_some()) {
+            tracing::warn!("no file of this share can be DAX, though it has a window: {reason}");
+        }
 
         reply.object(&InitOut {
             major: KERNEL_VERSION,

@@ -7,10 +7,11 @@ use std::os::fd::{BorrowedFd, RawFd};
 use std::sync::Arc;
 
 use fuse_backend_rs::abi::virtio_fs::{RemovemappingIn, RemovemappingOne, SetupmappingFlags, SetupmappingIn};
-use fuse_backend_rs::api::filesystem::{Context, FileSystem, SetattrValid};
+use fuse_backend_rs::api::filesystem::{Context, SetattrValid};
 use fuse_backend_rs::transport::FsCacheReqHandler;
 
 use super::Server;
+use super::decide::CAPABILITIES;
 use super::message::{Reply, Request, errno};
 use crate::virtio::fs::policy::is_set_id;
 use crate::virtio::fs::window::{DaxWindow, WindowError};
@@ -34,12 +35,8 @@ impl Server {
         }
         let (context, nodeid) = (self.context(request), request.header.nodeid);
         let (stat, _) = self.fs.getattr(&context, nodeid, None)?;
-        if !self.dax.may_map(&stat) {
-            tracing::debug!(
-                nodeid,
-                mode = stat.st_mode,
-                "the guest maps a file that the policy does not let it"
-            );
+        if !self.may_map(request, &stat) {
+            tracing::debug!(nodeid, mode = stat.st_mode, "the guest maps a file that is not DAX for it");
             return Err(errno(libc::EPERM));
         }
         if write {
@@ -49,7 +46,7 @@ impl Server {
         let map = |writable| {
             let flags = if writable { READ | WRITE } else { READ };
             let mut mapper = Mapper { window: Arc::clone(window), writable };
-            self.fs.setupmapping(&context, nodeid, 0, ask.foffset, ask.len, flags, ask.moffset, &mut mapper)
+            self.fs.setupmapping(&context, nodeid, ask.foffset, ask.len, flags, ask.moffset, &mut mapper)
         };
         // A client whose tasks touch a chunk at the same time, one to read and one to write, may write through a
         // mapping that it asked for to read (fuse_setup_new_dax_mapping looks again without looking at the mode), and
@@ -91,7 +88,6 @@ impl Server {
         nodeid: u64,
         stat: &libc::stat64,
     ) -> io::Result<()> {
-        const CAPABILITIES: &std::ffi::CStr = c"security.capability";
         self.kill_set_id(context, nodeid, stat)?;
         match self.fs.getxattr(context, nodeid, CAPABILITIES, 0) {
             Ok(_) => self.fs.removexattr(context, nodeid, CAPABILITIES),
@@ -116,7 +112,7 @@ impl Server {
     pub(super) fn open_node(&self, context: &Context, nodeid: u64, writable: bool) -> io::Result<File> {
         let mut taker = Taker(None);
         let flags = if writable { READ | WRITE } else { READ };
-        self.fs.setupmapping(context, nodeid, 0, 0, 0, flags, 0, &mut taker)?;
+        self.fs.setupmapping(context, nodeid, 0, 0, flags, 0, &mut taker)?;
         taker.0.ok_or_else(|| errno(libc::EIO))
     }
 }

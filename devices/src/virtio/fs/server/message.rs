@@ -10,6 +10,8 @@ use fuse_backend_rs::file_traits::FileReadWriteVolatile;
 use fuse_backend_rs::transport::{Reader, VirtioFsWriter};
 use vm_memory::ByteValued;
 
+use crate::virtio::fs::inodes::host_node;
+
 /// The longest name of a file, in bytes (NAME_MAX).
 pub(super) const NAME_MAX: usize = 255;
 
@@ -23,8 +25,10 @@ pub(super) fn errno(code: i32) -> io::Error {
 
 /// A request from the guest. Its memory may change while it is read, so nothing is read twice.
 pub(super) struct Request<'m> {
-    /// The header; `len` has been checked against the chain.
+    /// The header; `len` has been checked against the chain, `nodeid` is the library's.
     pub(super) header: InHeader,
+    /// Whether the node id that the client gave is that of a DAX inode.
+    pub(super) dax: bool,
     body: Reader<'m>,
     /// Bytes of the body that are not yet read.
     left: usize,
@@ -33,9 +37,11 @@ pub(super) struct Request<'m> {
 impl<'m> Request<'m> {
     /// Reads the header. `None` if there is none: then there is nothing to reply to either.
     pub(super) fn parse(mut body: Reader<'m>) -> Option<Request<'m>> {
-        let header: InHeader = body.read_obj().ok()?;
+        let mut header: InHeader = body.read_obj().ok()?;
         let left = (header.len as usize).saturating_sub(size_of::<InHeader>());
-        Some(Request { header, body, left })
+        let dax;
+        (header.nodeid, dax) = host_node(header.nodeid);
+        Some(Request { header, dax, body, left })
     }
 
     /// Checks that the request is as long as it says.

@@ -7,21 +7,24 @@
 //! Nothing that a guest can send may panic, block for good or reach a file outside the share: see [`message`] for
 //! lengths and names, [`Server::dispatch`] for read-only shares.
 
+mod decide;
 mod directories;
 mod files;
 mod init;
+mod ioctl;
 mod mapping;
 pub(super) mod message;
 mod names;
+mod open;
+mod unnamed;
 mod xattr;
 
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::time::Duration;
 
-use fuse_backend_rs::api::filesystem::{Context, FileSystem};
+use fuse_backend_rs::api::filesystem::Context;
 use fuse_backend_rs::passthrough::{CachePolicy, Config, PassthroughFs};
 use fuse_backend_rs::transport::{Reader, VirtioFsWriter};
 use virtio_queue::DescriptorChain;
@@ -29,15 +32,15 @@ use vm_memory::GuestMemoryMmap;
 
 use self::directories::Directories;
 use self::message::{Reply, Request, errno};
+use self::unnamed::Files;
 use super::abi::opcode;
+use super::cache::CacheMode;
 use super::counters::Counts;
+use super::hint::HintStore;
 use super::per_file_dax::{ClientDax, PerFileDax};
 use super::policy::Policy;
 use super::window::DaxWindow;
 use crate::virtio::worker::ChainError;
-
-/// How long the guest may use attributes and names without asking again.
-const CACHE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// What a server serves.
 pub(super) struct ServerConfig {
@@ -47,6 +50,8 @@ pub(super) struct ServerConfig {
     pub(super) read_only: bool,
     /// Which files are DAX.
     pub(super) policy: Policy,
+    /// What the guest may keep.
+    pub(super) cache: CacheMode,
     /// The DAX window, if there is one.
     pub(super) window: Option<Arc<DaxWindow>>,
     /// Where to count.
@@ -55,12 +60,14 @@ pub(super) struct ServerConfig {
 
 /// The server of one share; all queues use it at once.
 pub(super) struct Server {
-    fs: PassthroughFs,
+    fs: Files,
     dax: PerFileDax,
     window: Option<Arc<DaxWindow>>,
     directories: Directories,
+    hints: HintStore,
     /// Pins the directory that `fs` starts from: it opens it anew for each session, by this descriptor.
-    _root: File,
+    root: File,
+    cache: CacheMode,
     read_only: bool,
     /// Whether files can be created in the name of the guest's users.
     privileged: bool,
@@ -73,13 +80,14 @@ impl Server {
     /// # Errors
     /// What the host says of the directory or of /proc.
     pub(super) fn new(config: ServerConfig) -> io::Result<Server> {
-        let ServerConfig { root, read_only, policy, window, counts } = config;
+        let ServerConfig { root, read_only, policy, cache, window, counts } = config;
         let fs = PassthroughFs::new(Config {
             // The final dot makes it the directory and not the link in /proc, which the library would not follow.
             root_dir: format!("/proc/self/fd/{}/.", root.as_raw_fd()),
+            // For the timeouts; open flags are the server's own.
             cache_policy: CachePolicy::Auto,
-            entry_timeout: CACHE_TIMEOUT,
-            attr_timeout: CACHE_TIMEOUT,
+            entry_timeout: cache.timeout(),
+            attr_timeout: cache.timeout(),
             xattr: true,
             killpriv_v2: true,
             // Host inode numbers as node ids: otherwise the library remembers every file that it ever saw.
@@ -89,13 +97,15 @@ impl Server {
         fs.import()?;
         // SAFETY: geteuid(2) has no preconditions and cannot fail.
         let privileged = unsafe { libc::geteuid() } == 0;
-        let dax = PerFileDax::new(policy, Arc::clone(&counts));
+        let dax = PerFileDax::new(policy);
         Ok(Server {
-            fs,
+            fs: Files::new(fs, cache.timeout()),
             dax,
             window,
             directories: Directories::default(),
-            _root: root,
+            hints: HintStore::default(),
+            root,
+            cache,
             read_only,
             privileged,
             counts,
@@ -156,6 +166,7 @@ impl Server {
             opcode::ACCESS => self.access(request, reply),
             opcode::OPEN => self.open(request, reply),
             opcode::CREATE => self.create(request, reply),
+            opcode::TMPFILE => self.tmpfile(request, reply),
             opcode::READ => self.read(request, reply),
             opcode::WRITE => self.write(request, reply),
             opcode::FLUSH => self.flush(request, reply),
@@ -180,10 +191,10 @@ impl Server {
             opcode::SETUPMAPPING => self.setup_mapping(request, reply),
             opcode::REMOVEMAPPING => self.remove_mapping(request, reply),
 
-            opcode::IOCTL => Err(errno(libc::ENOTTY)),
+            opcode::IOCTL => self.ioctl(request, reply),
             opcode::INTERRUPT | opcode::NOTIFY_REPLY => Ok(0),
             // Among them STATX, which would be answered without the DAX flag; the client asks once and then takes
-            // GETATTR. Locks are not negotiated and stay in the guest. TMPFILE cannot be done through the library.
+            // GETATTR. Locks are not negotiated and stay in the guest.
             _ => Err(errno(libc::ENOSYS)),
         }
     }

@@ -5,10 +5,12 @@ use std::io;
 use fuse_backend_rs::abi::fuse_abi::{
     BatchForgetIn, ForgetIn, ForgetOne, Kstatfs, LinkIn, MkdirIn, MknodIn, Rename2In, RenameIn,
 };
-use fuse_backend_rs::api::filesystem::FileSystem;
+use fuse_backend_rs::api::filesystem::{Context, FileSystem};
 
 use super::Server;
 use super::message::{NAME_MAX, NameBuffer, Reply, Request, check_name, errno, two_strings};
+use crate::virtio::fs::inodes::host_node;
+use crate::virtio::fs::per_file_dax::ClientDax;
 
 /// An empty buffer for a name.
 pub(super) const NO_NAME: NameBuffer = [0; NAME_MAX + 1];
@@ -19,13 +21,14 @@ impl Server {
     pub(super) fn lookup(&self, request: &mut Request<'_>, reply: &mut Reply<'_>) -> io::Result<u32> {
         let mut name = NO_NAME;
         let name = request.name(&mut name)?;
-        let entry = self.fs.lookup(&self.context(request), request.header.nodeid, name)?;
-        reply.object(&self.dax.entry_out(entry))
+        let context = self.context(request);
+        let entry = self.fs.lookup(&context, request.header.nodeid, name)?;
+        reply.object(&self.entry_out(&context, entry))
     }
 
     pub(super) fn forget(&self, request: &mut Request<'_>) -> io::Result<u32> {
         let ForgetIn { nlookup } = request.arg()?;
-        self.fs.forget(&self.context(request), request.header.nodeid, nlookup);
+        self.forget_one(&self.context(request), request.header.nodeid, request.dax, nlookup);
         Ok(0)
     }
 
@@ -35,9 +38,17 @@ impl Server {
         for _ in 0..count {
             // The request's own end ends this, whatever the count says.
             let ForgetOne { nodeid, nlookup } = request.arg()?;
-            self.fs.forget(&context, nodeid, nlookup);
+            let (node, dax) = host_node(nodeid);
+            self.forget_one(&context, node, dax, nlookup);
         }
         Ok(0)
+    }
+
+    fn forget_one(&self, context: &Context, node: u64, dax: bool, nlookup: u64) {
+        if self.dax.client() == ClientDax::PerFile {
+            self.dax.inodes.forget(node, dax, nlookup);
+        }
+        self.fs.forget(context, node, nlookup);
     }
 
     pub(super) fn readlink(&self, request: &mut Request<'_>, reply: &mut Reply<'_>) -> io::Result<u32> {
@@ -49,26 +60,35 @@ impl Server {
         let mut buffer = [0; NAME_MAX + 1 + libc::PATH_MAX as usize];
         let (name, target) = two_strings(request.rest(&mut buffer, libc::ENAMETOOLONG)?)?;
         let name = check_name(name)?;
-        let entry = self.fs.symlink(&self.context(request), target, request.header.nodeid, name)?;
-        reply.object(&self.dax.entry_out(entry))
+        let context = self.context(request);
+        let entry = self.fs.symlink(&context, target, request.header.nodeid, name)?;
+        reply.object(&self.entry_out(&context, entry))
     }
 
     pub(super) fn mknod(&self, request: &mut Request<'_>, reply: &mut Reply<'_>) -> io::Result<u32> {
         let MknodIn { mode, rdev, umask, .. } = request.arg()?;
         let mut name = NO_NAME;
         let name = request.name(&mut name)?;
-        let parent = request.header.nodeid;
-        let entry = self.fs.mknod(&self.context(request), parent, name, mode, rdev, umask & 0o777)?;
-        reply.object(&self.dax.entry_out(entry))
+        let (context, parent) = (self.context(request), request.header.nodeid);
+        let inherits = self.passes_hint_on(&context, parent);
+        let entry = self.fs.mknod(&context, parent, name, mode, rdev, umask & 0o777)?;
+        if inherits && mode & libc::S_IFMT == libc::S_IFREG {
+            self.inherit(&context, entry.inode);
+        }
+        reply.object(&self.entry_out(&context, entry))
     }
 
     pub(super) fn mkdir(&self, request: &mut Request<'_>, reply: &mut Reply<'_>) -> io::Result<u32> {
         let MkdirIn { mode, umask } = request.arg()?;
         let mut name = NO_NAME;
         let name = request.name(&mut name)?;
-        let entry =
-            self.fs.mkdir(&self.context(request), request.header.nodeid, name, mode, umask & 0o777)?;
-        reply.object(&self.dax.entry_out(entry))
+        let (context, parent) = (self.context(request), request.header.nodeid);
+        let inherits = self.passes_hint_on(&context, parent);
+        let entry = self.fs.mkdir(&context, parent, name, mode, umask & 0o777)?;
+        if inherits {
+            self.inherit(&context, entry.inode);
+        }
+        reply.object(&self.entry_out(&context, entry))
     }
 
     pub(super) fn unlink(&self, request: &mut Request<'_>, reply: &mut Reply<'_>) -> io::Result<u32> {
@@ -116,8 +136,15 @@ impl Server {
         let LinkIn { oldnodeid } = request.arg()?;
         let mut name = NO_NAME;
         let name = request.name(&mut name)?;
-        let entry = self.fs.link(&self.context(request), oldnodeid, request.header.nodeid, name)?;
-        reply.object(&self.dax.entry_out(entry))
+        let (context, node, parent) = (self.context(request), host_node(oldnodeid).0, request.header.nodeid);
+        let entry = match self.fs.unnamed(node) {
+            Some(unnamed) => {
+                unnamed.name(&self.open_node(&context, parent, false)?, name)?;
+                self.fs.lookup(&context, parent, name)?
+            }
+            None => self.fs.link(&context, node, parent, name)?,
+        };
+        reply.object(&self.entry_out(&context, entry))
     }
 
     pub(super) fn statfs(&self, request: &mut Request<'_>, reply: &mut Reply<'_>) -> io::Result<u32> {

@@ -29,6 +29,7 @@ fn config(path: &Path) -> FileSystemConfig {
         read_only: false,
         window_size: 64 << 20,
         policy: Policy::Always,
+        cache: crate::virtio::fs::CacheMode::default(),
         request_queues: 2,
     }
 }

@@ -1,8 +1,14 @@
 //! The device, driven by a fake guest.
 
 mod attributes;
+mod cache;
+mod changes;
 mod device;
 mod files;
 mod hostile;
+mod inherit;
+mod ioctl;
+mod kernel;
 mod mapping;
 mod negotiation;
+mod tmpfile;

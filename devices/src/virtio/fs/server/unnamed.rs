@@ -1,0 +1,416 @@
+//! Files without a name (O_TMPFILE), beside the library's.
+//!
+//! The library finds inodes by name only. A name could be given to such a file and taken away at once, but then no other
+//! could ever be given to it: the host's kernel lets a file be linked from nothing once. So these files have node ids of
+//! their own, above the library's, and the few operations that a client does on them are carried out here.
+//! [`Files`] is the library's file system with these files in it.
+//!
+//! A file that gets its name (FUSE_LINK) is found under it by the library from then on, with a node id of the library's.
+//! Nothing is left on the host by a crash: the host removes an unnamed file when its last descriptor is closed.
+
+use std::collections::HashMap;
+use std::ffi::CStr;
+use std::fs::File;
+use std::io;
+use std::mem::MaybeUninit;
+use std::ops::Deref;
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::Duration;
+
+use fuse_backend_rs::abi::fuse_abi::{CreateIn, WRITE_KILL_PRIV};
+use fuse_backend_rs::abi::virtio_fs::SetupmappingFlags;
+use fuse_backend_rs::api::filesystem::{
+    Context, Entry, FileSystem, GetxattrReply, ListxattrReply, SetattrValid, ZeroCopyReader, ZeroCopyWriter,
+};
+use fuse_backend_rs::passthrough::PassthroughFs;
+use fuse_backend_rs::transport::FsCacheReqHandler;
+use rustix::fs::{AtFlags, CWD, FallocateFlags, Gid, Mode, OFlags, Timespec, Timestamps, Uid, XattrFlags};
+
+use super::message::errno;
+use crate::virtio::fs::policy::is_set_id;
+
+/// Where the node ids of unnamed files begin: above the library's, and above the bit that says DAX.
+const FIRST_NODE: u64 = 1 << 57;
+
+/// The library's file system, and the files without a name.
+pub(super) struct Files {
+    named: PassthroughFs,
+    unnamed: RwLock<HashMap<u64, Arc<Unnamed>>>,
+    /// Counts node ids and handles; neither is ever given out twice.
+    last: AtomicU64,
+    timeout: Duration,
+}
+
+/// A file without a name, as long as the client knows it.
+pub(super) struct Unnamed {
+    /// As it was opened first; opened anew by way of /proc.
+    file: File,
+    handles: Mutex<HashMap<u64, Arc<Mutex<File>>>>,
+}
+
+impl Unnamed {
+    fn handle(&self, handle: u64) -> io::Result<Arc<Mutex<File>>> {
+        let handles = self.handles.lock().unwrap_or_else(PoisonError::into_inner);
+        handles.get(&handle).cloned().ok_or_else(|| errno(libc::EBADF))
+    }
+
+    fn insert(&self, handle: u64, file: File) {
+        let mut handles = self.handles.lock().unwrap_or_else(PoisonError::into_inner);
+        handles.insert(handle, Arc::new(Mutex::new(file)));
+    }
+
+    fn open(&self, flags: i32) -> io::Result<File> {
+        // O_NOFOLLOW would open the link in /proc.
+        let flags = OFlags::from_bits_retain((flags & !libc::O_NOFOLLOW) as u32) | OFlags::CLOEXEC;
+        let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        Ok(rustix::fs::open(path, flags, Mode::empty())?.into())
+    }
+
+    /// Gives it its name in `directory`, which is open for reading, or another one.
+    pub(super) fn name(&self, directory: &File, name: &CStr) -> io::Result<()> {
+        // By way of /proc, which needs no privileges: open(2), at O_TMPFILE.
+        let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        Ok(rustix::fs::linkat(CWD, path, directory, name, AtFlags::SYMLINK_FOLLOW)?)
+    }
+
+    /// Takes what a write takes from a set-id file; the host does not do it for a privileged writer.
+    fn kill_set_id(&self) -> io::Result<()> {
+        let mode = stat(&self.file)?.st_mode;
+        if is_set_id(mode) {
+            let kept = if mode & libc::S_IXGRP != 0 { 0o1777 } else { 0o3777 };
+            rustix::fs::fchmod(&self.file, Mode::from_raw_mode(mode & kept))?;
+        }
+        Ok(())
+    }
+}
+
+impl Deref for Files {
+    type Target = PassthroughFs;
+    fn deref(&self) -> &PassthroughFs {
+        &self.named
+    }
+}
+
+/// The operations on nodes; the names and arguments are the library's.
+#[allow(clippy::too_many_arguments)]
+impl Files {
+    pub(super) fn new(named: PassthroughFs, timeout: Duration) -> Files {
+        Files { named, unnamed: RwLock::default(), last: AtomicU64::new(FIRST_NODE), timeout }
+    }
+
+    /// The file without a name that has this node id.
+    pub(super) fn unnamed(&self, node: u64) -> Option<Arc<Unnamed>> {
+        if node < FIRST_NODE {
+            return None;
+        }
+        self.unnamed.read().unwrap_or_else(PoisonError::into_inner).get(&node).cloned()
+    }
+
+    /// Makes a file without a name in `directory`, which is open for reading, and opens it. In the name of `owner`, if
+    /// there is one.
+    pub(super) fn tmpfile(
+        &self,
+        directory: &File,
+        owner: Option<(u32, u32)>,
+        ask: &CreateIn,
+    ) -> io::Result<(Entry, u64)> {
+        let flags = OFlags::from_bits_retain(ask.flags) | OFlags::TMPFILE | OFlags::CLOEXEC;
+        let mode = Mode::from_raw_mode(ask.mode & 0o7777 & !ask.umask);
+        let file = File::from(rustix::fs::openat(directory, c".", flags, mode)?);
+        if let Some((uid, gid)) = owner {
+            // In a set-group-id directory the host has given it the directory's group.
+            let keeps_group = stat(directory)?.st_mode & libc::S_ISGID != 0;
+            let group = if keeps_group { None } else { Some(Gid::from_raw(gid)) };
+            rustix::fs::fchown(&file, Some(Uid::from_raw(uid)), group)?;
+            if ask.mode & (libc::S_ISUID | libc::S_ISGID) != 0 {
+                rustix::fs::fchmod(&file, mode)?;
+            }
+        }
+        let attr = stat(&file)?;
+        let node = self.last.fetch_add(2, Relaxed) + 1;
+        let handle = node + 1;
+        let unnamed = Unnamed { file: file.try_clone()?, handles: Mutex::default() };
+        unnamed.insert(handle, file);
+        self.unnamed.write().unwrap_or_else(PoisonError::into_inner).insert(node, Arc::new(unnamed));
+        let (attr_timeout, entry_timeout) = (self.timeout, self.timeout);
+        let entry = Entry { inode: node, generation: 0, attr, attr_flags: 0, attr_timeout, entry_timeout };
+        Ok((entry, handle))
+    }
+
+    pub(super) fn forget(&self, context: &Context, node: u64, count: u64) {
+        if node < FIRST_NODE {
+            self.named.forget(context, node, count);
+        } else if count > 0 {
+            // It is given out once, when it is made.
+            self.unnamed.write().unwrap_or_else(PoisonError::into_inner).remove(&node);
+        }
+    }
+
+    pub(super) fn destroy(&self) {
+        self.unnamed.write().unwrap_or_else(PoisonError::into_inner).clear();
+        self.named.destroy();
+    }
+
+    pub(super) fn getattr(
+        &self,
+        context: &Context,
+        node: u64,
+        handle: Option<u64>,
+    ) -> io::Result<(libc::stat64, Duration)> {
+        let Some(unnamed) = self.unnamed(node) else { return self.named.getattr(context, node, handle) };
+        handle.map(|handle| unnamed.handle(handle)).transpose()?;
+        Ok((stat(&unnamed.file)?, self.timeout))
+    }
+
+    pub(super) fn setattr(
+        &self,
+        context: &Context,
+        node: u64,
+        attr: libc::stat64,
+        handle: Option<u64>,
+        valid: SetattrValid,
+    ) -> io::Result<(libc::stat64, Duration)> {
+        let Some(unnamed) = self.unnamed(node) else {
+            return self.named.setattr(context, node, attr, handle, valid);
+        };
+        let file = &unnamed.file;
+        if valid.contains(SetattrValid::MODE) {
+            rustix::fs::fchmod(file, Mode::from_raw_mode(attr.st_mode & 0o7777))?;
+        }
+        if valid.intersects(SetattrValid::UID | SetattrValid::GID) {
+            let uid = valid.contains(SetattrValid::UID).then(|| Uid::from_raw(attr.st_uid));
+            let gid = valid.contains(SetattrValid::GID).then(|| Gid::from_raw(attr.st_gid));
+            rustix::fs::fchown(file, uid, gid)?;
+        }
+        if valid.contains(SetattrValid::SIZE) {
+            let size = u64::try_from(attr.st_size).map_err(|_| errno(libc::EINVAL))?;
+            if valid.contains(SetattrValid::KILL_SUIDGID) {
+                unnamed.kill_set_id()?;
+            }
+            // It was opened to be written, as O_TMPFILE requires.
+            rustix::fs::ftruncate(file, size)?;
+        }
+        if valid.intersects(SetattrValid::ATIME | SetattrValid::MTIME) {
+            let time = |given, now, tv_sec, tv_nsec| match (valid.contains(given), valid.contains(now)) {
+                (_, true) => Timespec { tv_sec: 0, tv_nsec: rustix::fs::UTIME_NOW },
+                (true, false) => Timespec { tv_sec, tv_nsec },
+                (false, false) => Timespec { tv_sec: 0, tv_nsec: rustix::fs::UTIME_OMIT },
+            };
+            let (access, access_now) = (SetattrValid::ATIME, SetattrValid::ATIME_NOW);
+            let (change, change_now) = (SetattrValid::MTIME, SetattrValid::MTIME_NOW);
+            let times = Timestamps {
+                last_access: time(access, access_now, attr.st_atime, attr.st_atime_nsec),
+                last_modification: time(change, change_now, attr.st_mtime, attr.st_mtime_nsec),
+            };
+            rustix::fs::futimens(file, &times)?;
+        }
+        Ok((stat(file)?, self.timeout))
+    }
+
+    pub(super) fn open(
+        &self,
+        context: &Context,
+        node: u64,
+        flags: u32,
+        fuse_flags: u32,
+    ) -> io::Result<Option<u64>> {
+        let Some(unnamed) = self.unnamed(node) else {
+            return self.named.open(context, node, flags, fuse_flags).map(|(handle, ..)| handle);
+        };
+        let handle = self.last.fetch_add(1, Relaxed) + 1;
+        unnamed.insert(handle, unnamed.open(flags as i32)?);
+        Ok(Some(handle))
+    }
+
+    pub(super) fn release(&self, context: &Context, node: u64, flags: u32, handle: u64) -> io::Result<()> {
+        let Some(unnamed) = self.unnamed(node) else {
+            return self.named.release(context, node, flags, handle, false, false, None);
+        };
+        let mut handles = unnamed.handles.lock().unwrap_or_else(PoisonError::into_inner);
+        handles.remove(&handle).map(drop).ok_or_else(|| errno(libc::EBADF))
+    }
+
+    pub(super) fn read(
+        &self,
+        context: &Context,
+        node: u64,
+        handle: u64,
+        writer: &mut dyn ZeroCopyWriter,
+        size: u32,
+        offset: u64,
+        flags: u32,
+    ) -> io::Result<usize> {
+        let Some(unnamed) = self.unnamed(node) else {
+            return self.named.read(context, node, handle, writer, size, offset, None, flags);
+        };
+        let file = unnamed.handle(handle)?;
+        let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
+        writer.write_from(&mut *file, size as usize, offset)
+    }
+
+    pub(super) fn write(
+        &self,
+        context: &Context,
+        node: u64,
+        handle: u64,
+        reader: &mut dyn ZeroCopyReader,
+        size: u32,
+        offset: u64,
+        is_delayed: bool,
+        flags: u32,
+        fuse_flags: u32,
+    ) -> io::Result<usize> {
+        let Some(unnamed) = self.unnamed(node) else {
+            let named = &self.named;
+            return named
+                .write(context, node, handle, reader, size, offset, None, is_delayed, flags, fuse_flags);
+        };
+        let file = unnamed.handle(handle)?;
+        if fuse_flags & WRITE_KILL_PRIV != 0 {
+            unnamed.kill_set_id()?;
+        }
+        let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
+        reader.read_to(&mut *file, size as usize, offset)
+    }
+
+    pub(super) fn flush(&self, context: &Context, node: u64, handle: u64, owner: u64) -> io::Result<()> {
+        match self.unnamed(node) {
+            // Nobody else can see it, on the host either.
+            Some(unnamed) => unnamed.handle(handle).map(drop),
+            None => self.named.flush(context, node, handle, owner),
+        }
+    }
+
+    pub(super) fn fsync(&self, context: &Context, node: u64, data_only: bool, handle: u64) -> io::Result<()> {
+        match self.unnamed(node) {
+            Some(unnamed) if data_only => unnamed.file.sync_data(),
+            Some(unnamed) => unnamed.file.sync_all(),
+            None => self.named.fsync(context, node, data_only, handle),
+        }
+    }
+
+    pub(super) fn fallocate(
+        &self,
+        context: &Context,
+        node: u64,
+        handle: u64,
+        mode: u32,
+        offset: u64,
+        length: u64,
+    ) -> io::Result<()> {
+        let Some(unnamed) = self.unnamed(node) else {
+            return self.named.fallocate(context, node, handle, mode, offset, length);
+        };
+        let mode = FallocateFlags::from_bits_retain(mode);
+        Ok(rustix::fs::fallocate(&unnamed.file, mode, offset, length)?)
+    }
+
+    pub(super) fn lseek(
+        &self,
+        context: &Context,
+        node: u64,
+        handle: u64,
+        offset: u64,
+        whence: u32,
+    ) -> io::Result<u64> {
+        let Some(unnamed) = self.unnamed(node) else {
+            return self.named.lseek(context, node, handle, offset, whence);
+        };
+        let offset = i64::try_from(offset).map_err(|_| errno(libc::EINVAL))?;
+        let position = match whence as i32 {
+            libc::SEEK_DATA => rustix::fs::SeekFrom::Data(offset as u64),
+            libc::SEEK_HOLE => rustix::fs::SeekFrom::Hole(offset as u64),
+            _ => return Err(errno(libc::EINVAL)),
+        };
+        Ok(rustix::fs::seek(&unnamed.file, position)?)
+    }
+
+    pub(super) fn access(&self, context: &Context, node: u64, mask: u32) -> io::Result<()> {
+        // The client checks permissions itself, and asks only where a mount has it not do so.
+        if self.unnamed(node).is_some() { Ok(()) } else { self.named.access(context, node, mask) }
+    }
+
+    pub(super) fn statfs(&self, context: &Context, node: u64) -> io::Result<libc::statvfs64> {
+        // Every node is on the share; the root tells as much.
+        let node = if self.unnamed(node).is_some() { fuse_backend_rs::abi::fuse_abi::ROOT_ID } else { node };
+        self.named.statfs(context, node)
+    }
+
+    pub(super) fn setupmapping(
+        &self,
+        context: &Context,
+        node: u64,
+        foffset: u64,
+        len: u64,
+        flags: u64,
+        moffset: u64,
+        mapper: &mut dyn FsCacheReqHandler,
+    ) -> io::Result<()> {
+        let Some(unnamed) = self.unnamed(node) else {
+            return self.named.setupmapping(context, node, 0, foffset, len, flags, moffset, mapper);
+        };
+        let is_writable = flags & SetupmappingFlags::WRITE.bits() != 0;
+        let file = unnamed.open(if is_writable { libc::O_RDWR } else { libc::O_RDONLY })?;
+        mapper.map(foffset, moffset, len, flags, file.as_raw_fd())
+    }
+
+    pub(super) fn getxattr(
+        &self,
+        context: &Context,
+        node: u64,
+        name: &CStr,
+        size: u32,
+    ) -> io::Result<GetxattrReply> {
+        let Some(unnamed) = self.unnamed(node) else { return self.named.getxattr(context, node, name, size) };
+        if size == 0 {
+            return Ok(GetxattrReply::Count(rustix::fs::fgetxattr_query(&unnamed.file, name)? as u32));
+        }
+        let mut value = vec![0; size as usize];
+        let len = rustix::fs::fgetxattr(&unnamed.file, name, &mut value[..])?;
+        value.truncate(len);
+        Ok(GetxattrReply::Value(value))
+    }
+
+    pub(super) fn listxattr(&self, context: &Context, node: u64, size: u32) -> io::Result<ListxattrReply> {
+        let Some(unnamed) = self.unnamed(node) else { return self.named.listxattr(context, node, size) };
+        if size == 0 {
+            return Ok(ListxattrReply::Count(rustix::fs::flistxattr_query(&unnamed.file)? as u32));
+        }
+        let mut names = vec![0; size as usize];
+        let len = rustix::fs::flistxattr(&unnamed.file, &mut names[..])?;
+        names.truncate(len);
+        Ok(ListxattrReply::Names(names))
+    }
+
+    pub(super) fn setxattr(
+        &self,
+        context: &Context,
+        node: u64,
+        name: &CStr,
+        value: &[u8],
+        flags: u32,
+    ) -> io::Result<()> {
+        let Some(unnamed) = self.unnamed(node) else {
+            return self.named.setxattr(context, node, name, value, flags);
+        };
+        let flags = XattrFlags::from_bits_retain(flags);
+        Ok(rustix::fs::fsetxattr(&unnamed.file, name, value, flags)?)
+    }
+
+    pub(super) fn removexattr(&self, context: &Context, node: u64, name: &CStr) -> io::Result<()> {
+        let Some(unnamed) = self.unnamed(node) else { return self.named.removexattr(context, node, name) };
+        Ok(rustix::fs::fremovexattr(&unnamed.file, name)?)
+    }
+}
+
+fn stat(file: &File) -> io::Result<libc::stat64> {
+    let mut stat = MaybeUninit::<libc::stat64>::uninit();
+    // SAFETY: fstat(2) writes no more than the structure, which lives through the call.
+    if unsafe { libc::fstat64(file.as_raw_fd(), stat.as_mut_ptr()) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call has succeeded and so has filled it in.
+    Ok(unsafe { stat.assume_init() })
+}
