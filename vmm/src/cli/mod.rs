@@ -2,7 +2,6 @@
 
 mod run;
 mod share;
-mod size;
 
 use std::error::Error;
 use std::process::ExitCode;

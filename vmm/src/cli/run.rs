@@ -7,9 +7,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
+use devices::text::{parse_duration, parse_size};
 
 use super::share::parse_share;
-use super::size::{parse_duration, parse_size};
 use crate::config::{ShareConfig, ValidConfig, VmConfig};
 use crate::console::{make_terminal_raw, restore_terminal};
 use crate::outcome::{ExitReason, Stop};

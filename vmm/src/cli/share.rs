@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use super::size::parse_size;
+use devices::text::{parse_size, unknown};
+
 use crate::config::{DaxConfig, ShareConfig};
 
 const KEYS: [&str; 5] = ["tag", "path", "ro", "window", "dax"];
@@ -48,19 +49,6 @@ fn parse_dax(text: &str) -> Result<DaxConfig, String> {
         "never" => Ok(DaxConfig::Never),
         "always" => Ok(DaxConfig::Always),
         _ => Err(unknown("DAX policy", text, &["never", "always"])),
-    }
-}
-
-/// Says what was not understood, and what was probably meant.
-fn unknown(what: &str, given: &str, known: &[&str]) -> String {
-    let nearest = known
-        .iter()
-        .map(|candidate| (strsim::damerau_levenshtein(given, candidate), *candidate))
-        .min()
-        .filter(|(distance, candidate)| *distance <= candidate.len().max(3) / 2);
-    match nearest {
-        Some((_, candidate)) => format!("unknown {what} `{given}`; did you mean `{candidate}`?"),
-        None => format!("unknown {what} `{given}`; known are {}", known.join(", ")),
     }
 }
 
