@@ -1,0 +1,204 @@
+//! Finds rules that no file reaches, because those before leave nothing to them.
+
+use super::conditions::{Choice, Conditions, Flags, Interval};
+use super::parse::ParsedRule;
+use super::paths::Glob;
+use super::{Mistake, Problem};
+
+/// Steps after which a rule counts as reachable. What is spent on one rule grows with the number of ways in which the
+/// rules before it overlap, which nobody writes by hand in large numbers.
+const PATIENCE: usize = 2_000;
+
+/// # Errors
+/// A mistake for each rule that can never match.
+pub(super) fn reachable(text: &str, rules: &[ParsedRule]) -> Result<(), Vec<Mistake>> {
+    let mut mistakes = Vec::new();
+    for (number, rule) in rules.iter().enumerate() {
+        let region = Region::of(rule);
+        let before: Vec<&ParsedRule> =
+            rules[..number].iter().filter(|before| region.clone().restrict(before, |_| {})).collect();
+        if region.is_covered(&before, &mut PATIENCE.clone()) {
+            let problem = Problem::Unreachable(named(&before));
+            mistakes.push(Mistake::at(text, rule.offset, problem));
+        }
+    }
+    if mistakes.is_empty() { Ok(()) } else { Err(mistakes) }
+}
+
+/// The lines of the rules that are in the way, the first few of them.
+fn named(rules: &[&ParsedRule]) -> String {
+    const SHOWN: usize = 4;
+    let lines: Vec<_> = rules.iter().take(SHOWN).map(|rule| rule.outcome.line.to_string()).collect();
+    let more = if rules.len() > SHOWN { " and others" } else { "" };
+    let (rules, leave) = if rules.len() == 1 { ("rule", "leaves") } else { ("rules", "leave") };
+    format!("the {rules} of line {}{more} {leave}", lines.join(", "))
+}
+
+/// Files that are left for a rule: all that meet the conditions, whose paths are as told.
+#[derive(Clone)]
+struct Region<'a> {
+    conditions: Conditions,
+    /// The path matches one glob of each of these lists, and no glob of each of those.
+    inside: Vec<&'a [Glob]>,
+    outside: Vec<&'a [Glob]>,
+}
+
+impl<'a> Region<'a> {
+    fn of(rule: &'a ParsedRule) -> Region<'a> {
+        let inside = if rule.paths.is_empty() { Vec::new() } else { vec![&rule.paths[..]] };
+        let mut conditions = rule.conditions.clone();
+        conditions.free.max = conditions.free.max.min(100);
+        Region { conditions, inside, outside: Vec::new() }
+    }
+
+    /// Whether the rules match all of the region. Where that is hard to say, it is no.
+    fn is_covered(&self, rules: &[&'a ParsedRule], patience: &mut usize) -> bool {
+        let Some((first, rest)) = rules.split_first() else { return false };
+        let Some(left) = patience.checked_sub(1) else { return false };
+        *patience = left;
+        let mut pieces = Vec::new();
+        if !self.clone().restrict(first, |piece| pieces.push(piece)) {
+            return self.is_covered(rest, patience);
+        }
+        pieces.iter().all(|piece| piece.is_covered(rest, patience))
+    }
+
+    /// Takes from the region all that `rule` does not match, in pieces that do not overlap. Whether anything is left.
+    fn restrict(mut self, rule: &'a ParsedRule, mut take: impl FnMut(Region<'a>)) -> bool {
+        let other = &rule.conditions;
+        if !rule.paths.is_empty() {
+            let paths = &rule.paths[..];
+            if self.inside.iter().any(|inside| excludes(inside, paths)) {
+                return false;
+            }
+            if !self.inside.iter().any(|inside| covers(paths, inside)) {
+                let mut piece = self.clone();
+                piece.outside.push(paths);
+                take(piece);
+                if self.outside.iter().any(|outside| covers(outside, paths)) {
+                    return false;
+                }
+                self.inside.push(paths);
+            }
+        }
+        type Get = fn(&mut Conditions) -> &mut Interval;
+        let intervals: [(Get, Interval); 3] =
+            [(|c| &mut c.size, other.size), (|c| &mut c.age, other.age), (|c| &mut c.free, other.free)];
+        for (get, bounds) in intervals {
+            let mine = *get(&mut self.conditions);
+            if !mine.overlaps(bounds) {
+                return false;
+            }
+            let below = bounds.min.checked_sub(1).map(|max| Interval { min: mine.min, max });
+            let above = bounds.max.checked_add(1).map(|min| Interval { min, max: mine.max });
+            for rest in [below, above].into_iter().flatten().filter(|rest| !rest.is_empty()) {
+                let mut piece = self.clone();
+                *get(&mut piece.conditions) = rest;
+                take(piece);
+            }
+            *get(&mut self.conditions) =
+                Interval { min: mine.min.max(bounds.min), max: mine.max.min(bounds.max) };
+        }
+        self.restrict_flags(other.flags, &mut take)
+            && self.restrict_choice(|c| &mut c.uid, other.uid.as_ref(), &mut take)
+            && self.restrict_choice(|c| &mut c.gid, other.gid.as_ref(), &mut take)
+            && other.xattrs.iter().all(|(number, values)| self.restrict_xattr(*number, values, &mut take))
+    }
+
+    fn restrict_flags(&mut self, flags: Flags, take: &mut impl FnMut(Region<'a>)) -> bool {
+        for bit in (0..u8::BITS).map(|shift| 1 << shift).filter(|bit| flags.mask & bit != 0) {
+            let wanted = flags.value & bit != 0;
+            let mine = self.conditions.flags;
+            if mine.mask & bit == 0 {
+                let mut piece = self.clone();
+                piece.conditions.flags.require(bit, !wanted);
+                take(piece);
+                self.conditions.flags.require(bit, wanted);
+            } else if (mine.value & bit != 0) != wanted {
+                return false;
+            }
+        }
+        true
+    }
+
+    fn restrict_choice<T: Ord + Clone>(
+        &mut self,
+        get: impl Fn(&mut Conditions) -> &mut Option<Choice<T>>,
+        wanted: Option<&Choice<T>>,
+        take: &mut impl FnMut(Region<'a>),
+    ) -> bool {
+        let Some(wanted) = wanted else { return true };
+        let mine = get(&mut self.conditions).take().unwrap_or(Choice::Except(Vec::new()));
+        let (inside, rest) = (mine.and(wanted), mine.and(&wanted.clone().not()));
+        if !rest.is_empty() {
+            let mut piece = self.clone();
+            *get(&mut piece.conditions) = Some(rest);
+            take(piece);
+        }
+        let left = !inside.is_empty();
+        *get(&mut self.conditions) = Some(inside);
+        left
+    }
+
+    fn restrict_xattr(
+        &mut self,
+        number: usize,
+        wanted: &Choice<Option<Vec<u8>>>,
+        take: &mut impl FnMut(Region<'a>),
+    ) -> bool {
+        let xattrs = &mut self.conditions.xattrs;
+        let at = xattrs.iter().position(|(known, _)| *known == number).unwrap_or_else(|| {
+            xattrs.push((number, Choice::Except(Vec::new())));
+            xattrs.len() - 1
+        });
+        let mine = self.conditions.xattrs[at].1.clone();
+        let (inside, rest) = (mine.and(wanted), mine.and(&wanted.clone().not()));
+        if !rest.is_empty() {
+            let mut piece = self.clone();
+            piece.conditions.xattrs[at].1 = rest;
+            take(piece);
+        }
+        let left = !inside.is_empty();
+        self.conditions.xattrs[at].1 = inside;
+        left
+    }
+}
+
+impl<T: Ord + Clone> Choice<T> {
+    /// Whether nothing is in it. All but some is never nothing: there are more users, groups and values than a rule
+    /// file can list.
+    fn is_empty(&self) -> bool {
+        matches!(self, Choice::Only(values) if values.is_empty())
+    }
+
+    fn not(self) -> Choice<T> {
+        match self {
+            Choice::Only(values) => Choice::Except(values),
+            Choice::Except(values) => Choice::Only(values),
+        }
+    }
+
+    fn and(&self, other: &Choice<T>) -> Choice<T> {
+        match (self, other) {
+            (Choice::Only(values), set) | (set, Choice::Only(values)) => {
+                Choice::Only(values.iter().filter(|value| set.contains(value)).cloned().collect())
+            }
+            (Choice::Except(a), Choice::Except(b)) => {
+                let mut values: Vec<T> = a.iter().chain(b).cloned().collect();
+                values.sort();
+                values.dedup();
+                Choice::Except(values)
+            }
+        }
+    }
+}
+
+/// Whether each path that matches one of `narrow` matches one of `wide`.
+fn covers(wide: &[Glob], narrow: &[Glob]) -> bool {
+    narrow.iter().all(|narrow| wide.iter().any(|wide| wide.covers(narrow)))
+}
+
+/// Whether no path matches one of both.
+fn excludes(a: &[Glob], b: &[Glob]) -> bool {
+    a.iter().all(|a| b.iter().all(|b| a.excludes(b)))
+}
