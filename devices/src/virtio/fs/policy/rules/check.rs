@@ -1,6 +1,6 @@
 //! Finds rules that no file reaches, because those before leave nothing to them.
 
-use super::conditions::{Choice, Conditions, Flags, Interval};
+use super::conditions::{Choice, Conditions, Flags, Interval, Sets};
 use super::parse::ParsedRule;
 use super::paths::Glob;
 use super::{Mistake, Problem};
@@ -100,9 +100,7 @@ impl<'a> Region<'a> {
                 Interval { min: mine.min.max(bounds.min), max: mine.max.min(bounds.max) };
         }
         self.restrict_flags(other.flags, &mut take)
-            && self.restrict_choice(|c| &mut c.uid, other.uid.as_ref(), &mut take)
-            && self.restrict_choice(|c| &mut c.gid, other.gid.as_ref(), &mut take)
-            && other.xattrs.iter().all(|(number, values)| self.restrict_xattr(*number, values, &mut take))
+            && other.sets.as_ref().is_none_or(|sets| self.restrict_sets(sets, &mut take))
     }
 
     fn restrict_flags(&mut self, flags: Flags, take: &mut impl FnMut(Region<'a>)) -> bool {
@@ -121,22 +119,32 @@ impl<'a> Region<'a> {
         true
     }
 
+    fn restrict_sets(&mut self, sets: &Sets, take: &mut impl FnMut(Region<'a>)) -> bool {
+        self.restrict_choice(|sets| &mut sets.uid, sets.uid.as_ref(), take)
+            && self.restrict_choice(|sets| &mut sets.gid, sets.gid.as_ref(), take)
+            && sets.xattrs.iter().all(|(number, values)| self.restrict_xattr(*number, values, take))
+    }
+
+    fn sets(&mut self) -> &mut Sets {
+        self.conditions.sets.get_or_insert_default()
+    }
+
     fn restrict_choice<T: Ord + Clone>(
         &mut self,
-        get: impl Fn(&mut Conditions) -> &mut Option<Choice<T>>,
+        get: impl Fn(&mut Sets) -> &mut Option<Choice<T>>,
         wanted: Option<&Choice<T>>,
         take: &mut impl FnMut(Region<'a>),
     ) -> bool {
         let Some(wanted) = wanted else { return true };
-        let mine = get(&mut self.conditions).take().unwrap_or(Choice::Except(Vec::new()));
+        let mine = get(self.sets()).take().unwrap_or(Choice::Except(Vec::new()));
         let (inside, rest) = (mine.and(wanted), mine.and(&wanted.clone().not()));
         if !rest.is_empty() {
             let mut piece = self.clone();
-            *get(&mut piece.conditions) = Some(rest);
+            *get(piece.sets()) = Some(rest);
             take(piece);
         }
         let left = !inside.is_empty();
-        *get(&mut self.conditions) = Some(inside);
+        *get(self.sets()) = Some(inside);
         left
     }
 
@@ -146,20 +154,20 @@ impl<'a> Region<'a> {
         wanted: &Choice<Option<Vec<u8>>>,
         take: &mut impl FnMut(Region<'a>),
     ) -> bool {
-        let xattrs = &mut self.conditions.xattrs;
+        let xattrs = &mut self.sets().xattrs;
         let at = xattrs.iter().position(|(known, _)| *known == number).unwrap_or_else(|| {
             xattrs.push((number, Choice::Except(Vec::new())));
             xattrs.len() - 1
         });
-        let mine = self.conditions.xattrs[at].1.clone();
+        let mine = self.sets().xattrs[at].1.clone();
         let (inside, rest) = (mine.and(wanted), mine.and(&wanted.clone().not()));
         if !rest.is_empty() {
             let mut piece = self.clone();
-            piece.conditions.xattrs[at].1 = rest;
+            piece.sets().xattrs[at].1 = rest;
             take(piece);
         }
         let left = !inside.is_empty();
-        self.conditions.xattrs[at].1 = inside;
+        self.sets().xattrs[at].1 = inside;
         left
     }
 }

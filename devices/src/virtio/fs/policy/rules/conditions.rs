@@ -82,6 +82,13 @@ pub(super) struct Conditions {
     /// The free part of the window, in percent.
     pub(super) free: Interval,
     pub(super) flags: Flags,
+    /// Apart, since few rules have them.
+    pub(super) sets: Option<Box<Sets>>,
+}
+
+/// Conditions that name values.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Sets {
     pub(super) uid: Option<Choice<u32>>,
     pub(super) gid: Option<Choice<u32>>,
     /// Extended attributes by their number in `Needs::xattrs`; `None` is the value of one that a file has not.
@@ -95,9 +102,7 @@ impl Default for Conditions {
             age: Interval::ALL,
             free: Interval::ALL,
             flags: Flags::default(),
-            uid: None,
-            gid: None,
-            xattrs: Vec::new(),
+            sets: None,
         }
     }
 }
@@ -105,19 +110,20 @@ impl Default for Conditions {
 impl Conditions {
     /// Whether they hold somewhere in the probe's ranges.
     pub(super) fn can_hold(&self, probe: &Probe<'_>) -> bool {
-        // No short cuts here: with rules of all sorts the processor would guess each of these branches wrong at times,
-        // which costs more than to look at all of them.
-        let numbers =
-            self.size.overlaps(probe.size) & self.free.overlaps(probe.free) & self.age.overlaps(probe.age);
-        numbers & (probe.flags & self.flags.mask == self.flags.value) && self.others_hold(probe.facts)
+        probe.passes(self.size, self.flags)
+            && self.free.overlaps(probe.free)
+            && self.age.overlaps(probe.age)
+            && self.sets.as_ref().is_none_or(|sets| sets.hold(probe.facts))
     }
 
     /// Whether they hold everywhere in the probe's ranges.
     pub(super) fn must_hold(&self, probe: &Probe<'_>) -> bool {
         self.size.covers(probe.size) && self.free.covers(probe.free) && self.can_hold(probe)
     }
+}
 
-    fn others_hold(&self, facts: &FileFacts<'_>) -> bool {
+impl Sets {
+    fn hold(&self, facts: &FileFacts<'_>) -> bool {
         static ABSENT: Option<Vec<u8>> = None;
         self.uid.as_ref().is_none_or(|uid| uid.contains(&facts.uid))
             && self.gid.as_ref().is_none_or(|gid| gid.contains(&facts.gid))
@@ -148,6 +154,12 @@ impl<'a> Probe<'a> {
             age: point(facts.age.as_secs()),
             free: point(facts.window.free_percent()),
         }
+    }
+
+    /// Whether the size can be in the bounds and the flags are as wanted. Most rules fail here. There is no short cut,
+    /// as the processor would guess the branch wrong at times, which costs more than to look at all.
+    pub(super) fn passes(&self, size: Interval, flags: Flags) -> bool {
+        size.overlaps(self.size) & (self.flags & flags.mask == flags.value)
     }
 
     /// The facts, and those that are so near that a file which had them is not clearly past a threshold now.

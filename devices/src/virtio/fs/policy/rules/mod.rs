@@ -1,10 +1,12 @@
 //! Rule files: ordered rules of which the first that matches decides.
 //!
-//! [`parse`] reads the TOML, [`check`] finds rules that no file reaches, [`conditions`] and [`paths`] match.
+//! [`parse`] reads the TOML, [`check`] finds rules that no file reaches, [`conditions`] and [`paths`] match, and
+//! [`index`] spares most of the matching.
 
 mod check;
 mod conditions;
 mod error;
+mod index;
 mod parse;
 mod paths;
 
@@ -12,7 +14,7 @@ use std::path::Path;
 
 use self::conditions::{Conditions, Probe};
 pub use self::error::{Mistake, Problem, RuleFileError};
-use self::paths::PathIndex;
+use self::index::PathIndex;
 use super::{DecidedBy, Decision, FileFacts, Needs, Policy, decision};
 
 /// The rules of a rule file, ready to decide.
@@ -80,13 +82,12 @@ impl Rules {
             text: text.to_owned(),
             needs: document.needs,
             enforce: document.enforce,
-            index: PathIndex::default(),
+            index: PathIndex::new(&document.rules),
             conditions: Vec::with_capacity(document.rules.len()),
             outcomes: Vec::with_capacity(document.rules.len()),
             default: document.default,
         };
-        for (number, rule) in (0..).zip(document.rules) {
-            rules.index.add(number, &rule.paths);
+        for rule in document.rules {
             rules.conditions.push(rule.conditions);
             rules.outcomes.push(rule.outcome);
         }
@@ -153,7 +154,7 @@ impl Rules {
 
     pub(super) fn decide(&self, facts: &FileFacts<'_>, current: Option<bool>) -> Decision {
         let exact = Probe::exact(facts);
-        let rule = self.first(facts.path, u32::MAX, |_, conditions| conditions.can_hold(&exact));
+        let rule = self.first(&exact, u32::MAX, |_, conditions| conditions.can_hold(&exact));
         let decided = self.carry_out(rule, facts, current);
         match current {
             Some(current) if current != decided.dax => self.keep(facts, current).unwrap_or(decided),
@@ -165,11 +166,11 @@ impl Rules {
     fn keep(&self, facts: &FileFacts<'_>, current: bool) -> Option<Decision> {
         let near = Probe::near(facts);
         // No rule behind one that matches all that is near has a say.
-        let last = self.first(facts.path, u32::MAX, |_, conditions| conditions.must_hold(&near));
+        let last = self.first(&near, u32::MAX, |_, conditions| conditions.must_hold(&near));
         let end = last.map_or(u32::MAX, |last| last + 1);
         let agrees = |rule| self.carry_out(rule, facts, Some(current)).dax == current;
         let rule =
-            self.first(facts.path, end, |rule, conditions| conditions.can_hold(&near) && agrees(Some(rule)));
+            self.first(&near, end, |rule, conditions| conditions.can_hold(&near) && agrees(Some(rule)));
         let found = rule.is_some() || last.is_none() && agrees(None);
         found.then(|| {
             let mut decision = self.carry_out(rule, facts, Some(current));
@@ -178,8 +179,9 @@ impl Rules {
         })
     }
 
-    /// The first rule before `end` that the path matches and that meets `test`.
-    fn first(&self, path: &[u8], end: u32, test: impl Fn(u32, &Conditions) -> bool) -> Option<u32> {
+    /// The first rule before `end` that can match the probe and that meets `test`.
+    fn first(&self, probe: &Probe<'_>, end: u32, test: impl Fn(u32, &Conditions) -> bool) -> Option<u32> {
+        let path = probe.facts.path;
         let mut first = end;
         for bucket in self.index.buckets(path) {
             for entry in bucket {
@@ -187,7 +189,10 @@ impl Rules {
                     break;
                 }
                 let conditions = &self.conditions[entry.rule as usize];
-                if test(entry.rule, conditions) && entry.matches(path) {
+                if probe.passes(entry.size, entry.flags)
+                    && test(entry.rule, conditions)
+                    && entry.matches(path)
+                {
                     first = entry.rule;
                 }
             }

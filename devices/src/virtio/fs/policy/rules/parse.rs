@@ -7,7 +7,7 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use super::super::{Needs, Policy};
-use super::conditions::{Choice, Conditions, Flags, Interval};
+use super::conditions::{Choice, Conditions, Flags, Interval, Sets};
 use super::paths::Glob;
 use super::{Mistake, Outcome, Problem};
 use crate::text::{parse_duration, parse_size, unknown};
@@ -183,10 +183,18 @@ impl Parser<'_> {
             age: self.interval("age", table, "seconds: 60, or \"90s\", \"2h\", \"7d\"", seconds),
             free: self.interval("window_free", table, "percent, from 0 to 100", percent),
             flags,
+            sets: self.sets(table),
+        }
+    }
+
+    fn sets(&mut self, table: &DeTable<'_>) -> Option<Box<Sets>> {
+        let sets = Sets {
             uid: self.ids("uid", table),
             gid: self.ids("gid", table),
             xattrs: table.get("xattr").map_or(Vec::new(), |value| self.xattrs(value)),
-        }
+        };
+        let any = sets.uid.is_some() || sets.gid.is_some() || !sets.xattrs.is_empty();
+        any.then(|| Box::new(sets))
     }
 
     /// `allow`, `deny`, or the name of a policy that decides then.

@@ -1,6 +1,5 @@
-//! Globs, and an index of them: which rules a path could match, without a look at the others.
+//! Globs that paths are matched with.
 
-use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
 
@@ -23,32 +22,37 @@ const AUTOMATON_LIMIT: usize = 1 << 20;
 pub(super) struct Glob {
     /// As it was written.
     text: String,
-    /// Where it stands in the index, and whether what is found there needs no further look.
-    key: Key,
-    exact: bool,
+    pub(super) matcher: Matcher,
     /// What all paths that match have in common.
-    common: Common,
-    automaton: Arc<GlobAutomaton>,
+    pub(super) common: Common,
 }
 
-/// Complete before the first path comes, so that no match allocates.
-type GlobAutomaton = dense::DFA<Vec<u32>>;
-
-/// A bucket of the index. What matches a glob is found in the glob's bucket.
-#[derive(Clone, Debug, Eq, PartialEq)]
-enum Key {
-    Any,
+/// What a path must be to match.
+#[derive(Clone)]
+pub(super) enum Matcher {
+    /// Anything.
+    All,
+    /// This path.
     Path(String),
+    /// A path whose last component is this.
     Name(String),
+    /// A path whose last component ends with a dot and this, which has no dot.
     Extension(String),
+    /// A path below this one.
     Directory(String),
+    /// What the automaton accepts. It is complete before the first path comes, so that no match allocates.
+    Automaton(Arc<GlobAutomaton>),
 }
+
+pub(super) type GlobAutomaton = dense::DFA<Vec<u32>>;
 
 #[derive(Clone, Debug, Default)]
-struct Common {
+pub(super) struct Common {
     directory: Option<String>,
     name: Option<String>,
     extension: Option<String>,
+    /// The longest part that is in each of them.
+    pub(super) literal: String,
 }
 
 impl Glob {
@@ -60,7 +64,7 @@ impl Glob {
         let whole = text.strip_prefix('/').unwrap_or(text);
         let impossible = |part: &str| matches!(part, "" | "." | "..") || part.contains('\0');
         if text.ends_with('/') {
-            return Err(format!("it names a directory; for the files in it write `{}**`", text));
+            return Err(format!("it names a directory; for the files in it write `{text}**`"));
         }
         if let Some(part) = whole.split('/').find(|part| impossible(part)) {
             return Err(format!("no path in a share has a component {part:?}"));
@@ -71,45 +75,46 @@ impl Glob {
             .backslash_escape(true)
             .build()
             .map_err(|error| error.kind().to_string())?;
-        let automaton = dense::Builder::new()
-            .configure(
-                dense::Config::new()
-                    .start_kind(StartKind::Anchored)
-                    .dfa_size_limit(Some(AUTOMATON_LIMIT))
-                    .determinize_size_limit(Some(AUTOMATON_LIMIT)),
-            )
-            .syntax(syntax::Config::new().utf8(false).dot_matches_new_line(true))
-            .thompson(thompson::Config::new().utf8(false))
-            .build(glob.regex())
-            .map_err(|_| "it is too complex; use fewer wildcards".to_owned())?;
         let common = Common::of(&anchored);
-        let (key, exact) = common.key(&anchored);
-        Ok(Glob { text: text.to_owned(), key, exact, common, automaton: Arc::new(automaton) })
+        let matcher = match common.simple_matcher(&anchored) {
+            Some(matcher) => matcher,
+            None => Matcher::Automaton(Arc::new(automaton(glob.regex())?)),
+        };
+        Ok(Glob { text: text.to_owned(), matcher, common })
     }
 
     /// Whether every path matches.
     pub(super) fn matches_all(&self) -> bool {
-        self.key == Key::Any && self.exact
+        matches!(self.matcher, Matcher::All)
     }
 
-    pub(super) fn matches(&self, path: &[u8]) -> bool {
-        accepts(&self.automaton, path)
+    fn matches(&self, path: &[u8]) -> bool {
+        match &self.matcher {
+            Matcher::All => true,
+            Matcher::Path(only) => path == only.as_bytes(),
+            Matcher::Name(name) => split(path).1 == name.as_bytes(),
+            Matcher::Extension(extension) => split(path).2 == Some(extension.as_bytes()),
+            Matcher::Directory(directory) => {
+                path.strip_prefix(directory.as_bytes()).is_some_and(|rest| rest.starts_with(b"/"))
+            }
+            Matcher::Automaton(automaton) => accepts(automaton, path),
+        }
     }
 
     /// Whether each path that matches `other` matches this one too. Where that is hard to say, it is no.
     pub(super) fn covers(&self, other: &Glob) -> bool {
+        let common = &other.common;
         self.text == other.text
-            || matches!(&other.key, Key::Path(path) if self.matches(path.as_bytes()))
-            || self.exact
-                && match &self.key {
-                    Key::Any => true,
-                    Key::Path(_) => false,
-                    Key::Name(name) => other.common.name.as_ref() == Some(name),
-                    Key::Extension(extension) => other.common.extension.as_ref() == Some(extension),
-                    Key::Directory(directory) => {
-                        other.common.directory.as_deref().is_some_and(|other| is_in(other, directory))
-                    }
+            || matches!(&other.matcher, Matcher::Path(path) if self.matches(path.as_bytes()))
+            || match &self.matcher {
+                Matcher::All => true,
+                Matcher::Path(_) | Matcher::Automaton(_) => false,
+                Matcher::Name(name) => common.name.as_ref() == Some(name),
+                Matcher::Extension(extension) => common.extension.as_ref() == Some(extension),
+                Matcher::Directory(parent) => {
+                    common.directory.as_deref().is_some_and(|directory| is_in(directory, parent))
                 }
+            }
     }
 
     /// Whether no path matches both. Where that is hard to say, it is no.
@@ -122,7 +127,20 @@ impl Glob {
     }
 }
 
-fn accepts(automaton: &GlobAutomaton, path: &[u8]) -> bool {
+fn automaton(regex: &str) -> Result<GlobAutomaton, String> {
+    let limits = dense::Config::new()
+        .start_kind(StartKind::Anchored)
+        .dfa_size_limit(Some(AUTOMATON_LIMIT))
+        .determinize_size_limit(Some(AUTOMATON_LIMIT));
+    dense::Builder::new()
+        .configure(limits)
+        .syntax(syntax::Config::new().utf8(false).dot_matches_new_line(true))
+        .thompson(thompson::Config::new().utf8(false))
+        .build(regex)
+        .map_err(|_| "it is too complex; use fewer wildcards".to_owned())
+}
+
+pub(super) fn accepts(automaton: &GlobAutomaton, path: &[u8]) -> bool {
     // It fails for bytes at which the automaton is told to give up, and it is told so for none.
     automaton.try_search_fwd(&Input::new(path).anchored(Anchored::Yes)).is_ok_and(|end| end.is_some())
 }
@@ -131,6 +149,14 @@ impl fmt::Debug for Glob {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:?}", self.text)
     }
+}
+
+/// A path's directory, its last component, and what follows the last dot in that.
+pub(super) fn split(path: &[u8]) -> (&[u8], &[u8], Option<&[u8]>) {
+    let slash = path.iter().rposition(|byte| *byte == b'/');
+    let (directory, name) = slash.map_or((&path[..0], path), |at| (&path[..at], &path[at + 1..]));
+    let dot = name.iter().rposition(|byte| *byte == b'.');
+    (directory, name, dot.map(|at| &name[at + 1..]))
 }
 
 /// Whether the directory is `parent` or lies in it.
@@ -152,90 +178,48 @@ impl Common {
             directory: Some(directory).filter(|directory| !directory.is_empty()),
             name: Some(last).filter(plain).map(str::to_owned),
             extension: extension.map(str::to_owned),
+            literal: longest_literal(anchored),
         }
     }
 
-    /// The narrowest bucket, and whether nothing else lies in it.
-    fn key(&self, anchored: &str) -> (Key, bool) {
-        let Common { directory, name, extension } = self;
-        match (directory, name, extension) {
-            _ if matches!(anchored, "**" | "**/*" | "**/**") => (Key::Any, true),
-            _ if !anchored.contains(SPECIAL) => (Key::Path(anchored.to_owned()), true),
-            (_, Some(name), _) => (Key::Name(name.clone()), anchored.strip_prefix("**/") == Some(name)),
-            (_, _, Some(extension)) => {
-                let exact = anchored.strip_prefix("**/*.") == Some(extension);
-                (Key::Extension(extension.clone()), exact)
+    /// How to match a glob without an automaton, if it is of the kind.
+    fn simple_matcher(&self, anchored: &str) -> Option<Matcher> {
+        let Common { directory, name, extension, .. } = self;
+        if matches!(anchored, "**" | "**/*" | "**/**") {
+            return Some(Matcher::All);
+        }
+        if !anchored.contains(SPECIAL) {
+            return Some(Matcher::Path(anchored.to_owned()));
+        }
+        let rest = |prefix: &Option<String>| anchored.strip_prefix(prefix.as_deref()?);
+        let after = |prefix| anchored.strip_prefix(prefix);
+        match (name, extension) {
+            (Some(name), _) if after("**/") == Some(name) => Some(Matcher::Name(name.clone())),
+            (_, Some(extension)) if after("**/*.") == Some(extension) => {
+                Some(Matcher::Extension(extension.clone()))
             }
-            (Some(directory), ..) => {
-                let rest = &anchored[directory.len()..];
-                (Key::Directory(directory.clone()), matches!(rest, "/**" | "/**/*"))
+            _ if matches!(rest(directory), Some("/**" | "/**/*")) => {
+                directory.clone().map(Matcher::Directory)
             }
-            _ => (Key::Any, false),
+            _ => None,
         }
     }
 }
 
-/// Which rules a path could match.
-#[derive(Debug, Default)]
-pub(super) struct PathIndex {
-    any: Vec<Entry>,
-    paths: Buckets,
-    names: Buckets,
-    extensions: Buckets,
-    directories: Buckets,
-}
-
-type Buckets = HashMap<Box<[u8]>, Vec<Entry>>;
-
-/// A rule in a bucket: all paths of the bucket match it, or those that match the glob.
-#[derive(Clone, Debug)]
-pub(super) struct Entry {
-    pub(super) rule: u32,
-    glob: Option<Arc<GlobAutomaton>>,
-}
-
-impl Entry {
-    pub(super) fn matches(&self, path: &[u8]) -> bool {
-        self.glob.as_ref().is_none_or(|glob| accepts(glob, path))
-    }
-}
-
-impl PathIndex {
-    /// Adds a rule, with a number above those of all before. It matches the paths that match one of `globs`, or all
-    /// paths if there are none.
-    pub(super) fn add(&mut self, rule: u32, globs: &[Glob]) {
-        if globs.is_empty() {
-            self.any.push(Entry { rule, glob: None });
+/// The longest part of a glob that stands in each path that matches.
+fn longest_literal(anchored: &str) -> String {
+    // `**/` at the start may stand for nothing, slash included.
+    let mut rest = anchored.strip_prefix("**/").unwrap_or(anchored);
+    let mut longest = "";
+    while !rest.is_empty() {
+        let end = rest.find(SPECIAL).unwrap_or(rest.len());
+        if end > longest.len() {
+            longest = &rest[..end];
         }
-        for glob in globs {
-            let (buckets, key) = match &glob.key {
-                Key::Any => {
-                    self.any.push(Entry { rule, glob: Some(Arc::clone(&glob.automaton)) });
-                    continue;
-                }
-                Key::Path(key) => (&mut self.paths, key),
-                Key::Name(key) => (&mut self.names, key),
-                Key::Extension(key) => (&mut self.extensions, key),
-                Key::Directory(key) => (&mut self.directories, key),
-            };
-            let entry = Entry { rule, glob: (!glob.exact).then(|| Arc::clone(&glob.automaton)) };
-            buckets.entry(key.as_bytes().into()).or_default().push(entry);
-        }
+        rest = &rest[end..];
+        // Alternatives and classes hold nothing that must be there. They may be nested and have their own escapes, so
+        // what comes behind them is left alone too.
+        rest = if rest.starts_with(['*', '?']) { &rest[1..] } else { "" };
     }
-
-    /// The buckets that the path is in, each with its rules in order.
-    pub(super) fn buckets<'a>(&'a self, path: &'a [u8]) -> impl Iterator<Item = &'a [Entry]> {
-        let slash = path.iter().rposition(|byte| *byte == b'/');
-        let name = &path[slash.map_or(0, |at| at + 1)..];
-        let dot = name.iter().rposition(|byte| *byte == b'.');
-        let slashes = path.iter().enumerate().filter(|(_, byte)| **byte == b'/');
-        let directories = slashes.filter_map(|(at, _)| self.directories.get(&path[..at]));
-        let others = [
-            Some(&self.any),
-            self.paths.get(path),
-            self.names.get(name),
-            dot.and_then(|at| self.extensions.get(&name[at + 1..])),
-        ];
-        others.into_iter().flatten().chain(directories).map(Vec::as_slice)
-    }
+    longest.to_owned()
 }
