@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use devices::text::{parse_size, unknown};
+use devices::virtio::fs::policy::UnknownPolicy;
 
 use crate::config::{DaxConfig, ShareConfig};
 
@@ -29,7 +30,7 @@ pub fn parse_share(text: &str) -> Result<ShareConfig, String> {
                 _ => return Err("`ro` takes no value".into()),
             },
             "window" => window = Some(parse_size(value("256M")?)?),
-            "dax" => dax = parse_dax(value("always")?)?,
+            "dax" => dax = value("auto")?.parse().map_err(|error: UnknownPolicy| error.to_string())?,
             _ => return Err(unknown("key", key, &KEYS)),
         }
     }
@@ -44,23 +45,29 @@ pub fn parse_share(text: &str) -> Result<ShareConfig, String> {
     })
 }
 
-fn parse_dax(text: &str) -> Result<DaxConfig, String> {
-    match text {
-        "never" => Ok(DaxConfig::Never),
-        "always" => Ok(DaxConfig::Always),
-        _ => Err(unknown("DAX policy", text, &["never", "always"])),
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use devices::virtio::fs::policy::Policy;
+
     use super::*;
 
     #[test]
     fn a_share_with_everything() {
         let share = parse_share("tag=src,path=/a=b,ro,window=64M,dax=never").unwrap();
         assert_eq!((share.tag.as_str(), share.path.to_str()), ("src", Some("/a=b")));
-        assert_eq!((share.read_only, share.window, share.dax), (true, Some(64 << 20), DaxConfig::Never));
+        assert_eq!(
+            (share.read_only, share.window, share.dax),
+            (true, Some(64 << 20), DaxConfig::Named(Policy::Never))
+        );
+    }
+
+    #[test]
+    fn policies_have_names_or_lie_in_files() {
+        let dax = |text: &str| parse_share(&format!("tag=a,path=/,dax={text}")).unwrap().dax;
+        for name in ["never", "always", "inode", "size", "size:64K", "auto"] {
+            assert_eq!(dax(name), DaxConfig::Named(name.parse().unwrap()));
+        }
+        assert_eq!(dax("ci.toml"), DaxConfig::File("ci.toml".into()));
     }
 
     #[test]
@@ -73,6 +80,7 @@ mod tests {
             ("tag=a,path=/,ro=1", "takes no value"),
             ("tag=a,path=/,window=lots", "is no size"),
             ("tag=a,path=/,dax=alway", "did you mean `always`"),
+            ("tag=a,path=/,dax=size:x", "`x` is no size"),
             ("tag=a,path=/,readonly", "known are"),
         ] {
             let error = parse_share(text).unwrap_err();

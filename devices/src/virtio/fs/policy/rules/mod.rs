@@ -5,6 +5,7 @@
 
 mod check;
 mod conditions;
+mod describe;
 mod error;
 mod index;
 mod parse;
@@ -37,6 +38,8 @@ struct Outcome {
     name: Option<String>,
     line: usize,
     action: Policy,
+    /// The globs as they are written.
+    paths: Vec<String>,
     /// The rule speaks of set-id files, so what it allows it allows them too.
     trusts_set_id: bool,
 }
@@ -132,17 +135,6 @@ impl Rules {
     /// [`Policy::Never`].
     pub fn action(&self, by: DecidedBy) -> &Policy {
         self.outcome(by).map_or(&self.default, |outcome| &outcome.action)
-    }
-
-    /// A rule's name and line, in words.
-    pub fn describe(&self, by: DecidedBy) -> String {
-        match (self.outcome(by), by) {
-            (Some(Outcome { name: Some(name), line, .. }), _) => format!("rule `{name}` (line {line})"),
-            (Some(Outcome { line, .. }), DecidedBy::Rule(number)) => {
-                format!("rule {} (line {line})", number + 1)
-            }
-            _ => "default".into(),
-        }
     }
 
     fn outcome(&self, by: DecidedBy) -> Option<&Outcome> {

@@ -159,7 +159,8 @@ impl Parser<'_> {
         let conditions = self.conditions(table);
         let line = Mistake::in_span(self.text, span.clone(), Problem::Version).line;
         let trusts_set_id = conditions.flags.mask & conditions.flags.value & Flags::SET_ID != 0;
-        let outcome = Outcome { name, line, action: action?, trusts_set_id };
+        let texts = paths.iter().map(|glob| glob.text().to_owned()).collect();
+        let outcome = Outcome { name, line, action: action?, paths: texts, trusts_set_id };
         Some(ParsedRule { offset: span.start, outcome, conditions, paths })
     }
 

@@ -83,6 +83,11 @@ impl Glob {
         Ok(Glob { text: text.to_owned(), matcher, common })
     }
 
+    /// The glob as it is written.
+    pub(super) fn text(&self) -> &str {
+        &self.text
+    }
+
     /// Whether every path matches.
     pub(super) fn matches_all(&self) -> bool {
         matches!(self.matcher, Matcher::All)

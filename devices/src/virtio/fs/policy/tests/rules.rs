@@ -262,3 +262,30 @@ fn what_is_kept_is_told_with_the_rule_that_keeps_it() {
     let kept = policy.decide(&sized(1 << 20), Some(true));
     assert!(kept.dax && kept.reason.by == DecidedBy::Default);
 }
+
+#[test]
+fn conditions_are_told_as_they_were_understood() {
+    let told =
+        |condition: &str| match rules(&format!("default = 'deny'\n[[rule]]\n{condition}\ndax = 'auto'")) {
+            Policy::Rules(rules) => rules.conditions(DecidedBy::Rule(0)),
+            other => panic!("{other}"),
+        };
+    for (condition, expected) in [
+        ("", ""),
+        ("path = '**'", ""),
+        ("path = ['*.so', 'lib/**']", "path *.so or lib/**"),
+        ("size.min = '32K'", "size at least 32 KiB"),
+        ("size = { min = 1, max = '2M' }", "size 1 B to 2 MiB"),
+        ("age.max = '2m'", "age at most 120 s"),
+        ("window_free.min = 10", "window free at least 10 %"),
+        ("executable = true\nset_id = false\nhint = true", "executable, not set-id, hint set"),
+        ("capabilities = false\nread_only = true", "no capabilities, share read-only"),
+        ("uid = [5, 0]\ngid = 7", "uid 0 or 5, gid 7"),
+        (
+            "xattr = { 'user.a' = true, 'user.b' = false, 'user.c' = 'x' }",
+            "has user.a, no user.b, user.c = \"x\"",
+        ),
+    ] {
+        assert_eq!(told(condition), expected);
+    }
+}
