@@ -17,6 +17,8 @@ pub const MIN_MEMORY: u64 = 64 << 20;
 /// The most memory that a guest can have, in bytes: what the smallest physical address space of a supported CPU holds
 /// beside windows.
 pub const MAX_MEMORY: u64 = 512 << 30;
+/// What a guest gets when the user gives no memory, in bytes.
+pub const DEFAULT_MEMORY: u64 = 512 << 20;
 /// Shares that fit on the PCI bus beside the host bridge.
 pub const MAX_SHARES: usize = 24;
 /// What the command line begins with; what the user gives comes after it, and so wins.
@@ -137,7 +139,7 @@ fn default_cpus() -> u8 {
 }
 
 fn default_memory() -> u64 {
-    512 << 20
+    DEFAULT_MEMORY
 }
 
 /// Why a configuration is wrong. The message names what to change.
