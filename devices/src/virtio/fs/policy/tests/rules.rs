@@ -289,3 +289,46 @@ fn conditions_are_told_as_they_were_understood() {
         assert_eq!(told(condition), expected);
     }
 }
+
+#[test]
+fn the_policies_that_come_with_daxvm_do_what_they_say() {
+    let load = |name: &str| {
+        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../resources/policies");
+        Policy::load(&root.join(name)).unwrap_or_else(|error| panic!("{error}"))
+    };
+    let old = Duration::from_secs(90_000);
+    let of = |path: &'static str, size| FileFacts { path: path.as_bytes(), age: old, ..sized(size) };
+    let full = WindowFacts { chunks: 64, mapped: 60, promised: 0 };
+    let hot = [Some(b"hot".to_vec())];
+    for (name, facts, dax, rule) in [
+        ("test-guest.toml", of("usr/lib/libc.so.6", 2 << 20), true, Some("programs")),
+        ("test-guest.toml", of("bin/true", 20_000), false, Some("programs")),
+        ("test-guest.toml", FileFacts { age: Duration::ZERO, ..file() }, false, Some("being written")),
+        ("test-guest.toml", of("lib/modules/6.12/x.ko.xz", 1 << 20), false, Some("read once")),
+        ("test-guest.toml", FileFacts { window: full, ..of("data", 40_000) }, false, Some("pressure")),
+        ("test-guest.toml", of("data", 40_000), true, None),
+        ("ci.toml", FileFacts { read_only: true, ..of("x", 40_000) }, true, Some("common to all jobs")),
+        ("ci.toml", of(".git/objects/pack/a.pack", 1 << 20), true, Some("packs")),
+        ("ci.toml", of("logs/build/1", 1 << 20), false, Some("appended to")),
+        ("ci.toml", FileFacts { age: Duration::ZERO, ..of("target/a", 1 << 20) }, false, Some("outputs")),
+        ("ci.toml", of("target/a", 1 << 20), true, None),
+        (
+            "appliance.toml",
+            FileFacts { capabilities: true, ..file() },
+            false,
+            Some("privileged by capabilities"),
+        ),
+        ("appliance.toml", FileFacts { xattrs: &hot, ..sized(1) }, true, Some("marked hot")),
+        ("appliance.toml", of("var/x.db", 4 << 20), true, Some("databases and models")),
+        ("appliance.toml", of("media/film", 4 << 20), false, Some("media")),
+        ("appliance.toml", FileFacts { window: full, ..of("x", 4 << 20) }, false, Some("pressure")),
+        ("appliance.toml", of("x", 4 << 20), true, Some("at rest")),
+        ("appliance.toml", FileFacts { hint: true, ..file() }, true, None),
+    ] {
+        let policy = load(name);
+        let decision = policy.decide(&facts, None);
+        let Policy::Rules(rules) = &policy else { panic!("{policy}") };
+        assert_eq!((decision.dax, rules.rule_name(decision.reason.by)), (dax, rule), "{name} {facts:?}");
+    }
+    assert!(!load("appliance.toml").allows_mapping(&of("media/film", 1)));
+}
