@@ -237,9 +237,9 @@ fn window_for(chunks: u64) -> Option<u64> {
     if chunks == 0 {
         return Some(0);
     }
-    // A fifth stays free, so it is a quarter more; rounding makes a chunk's difference.
-    let about = chunks.checked_add(chunks / 4)?.checked_mul(CHUNK_SIZE)?;
-    let sizes = (0..4).map(|more| about + more * CHUNK_SIZE);
+    // A fifth stays free, so it is a quarter more; in small windows a chunk more, as one stays free at least.
+    let about = chunks.checked_add((chunks - 1) / 4)?.checked_mul(CHUNK_SIZE)?;
+    let sizes = (0..2).map(|more| about + more * CHUNK_SIZE);
     let size = sizes
         .map(|size| size.max(MIN_WINDOW_SIZE))
         .find(|size| WindowFacts::idle(*size).usable() >= chunks)?;
@@ -253,13 +253,13 @@ mod tests {
     #[test]
     fn the_window_for_all_is_the_smallest_that_will_do() {
         assert_eq!(window_for(0), Some(0));
-        for chunks in (1..3000).chain([104_857]) {
+        for chunks in (1..3000).chain([104_858]) {
             let size = window_for(chunks).unwrap();
             assert!(WindowFacts::idle(size).usable() >= chunks, "{chunks}");
             let smaller = WindowFacts::idle(size - CHUNK_SIZE).usable();
             assert!(size == MIN_WINDOW_SIZE || smaller < chunks, "{chunks}");
         }
         assert_eq!(window_for(13), Some(32 << 20));
-        assert_eq!((window_for(104_858), window_for(u64::MAX)), (None, None));
+        assert_eq!((window_for(104_859), window_for(u64::MAX)), (None, None));
     }
 }
