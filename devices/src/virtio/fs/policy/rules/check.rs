@@ -14,15 +14,29 @@ const PATIENCE: usize = 2_000;
 pub(super) fn reachable(text: &str, rules: &[ParsedRule]) -> Result<(), Vec<Mistake>> {
     let mut mistakes = Vec::new();
     for (number, rule) in rules.iter().enumerate() {
-        let region = Region::of(rule);
-        let before: Vec<&ParsedRule> =
-            rules[..number].iter().filter(|before| region.clone().restrict(before, |_| {})).collect();
-        if region.is_covered(&before, &mut PATIENCE.clone()) {
-            let problem = Problem::Unreachable(named(&before));
+        // A rule with several globs is several rules in one; each must be out of reach.
+        let globs = rule.paths.iter().map(Some).chain(rule.paths.is_empty().then_some(None));
+        let mut in_the_way: Vec<&ParsedRule> = Vec::new();
+        let covered = globs.into_iter().all(|glob| {
+            let before = rules[..number].iter().filter(|before| takes_all_of(before, glob));
+            let before: Vec<_> = before.filter(|before| Region::of(rule).restrict(before, |_| {})).collect();
+            in_the_way.extend(&before);
+            Region::of(rule).is_covered(&before, &mut PATIENCE.clone())
+        });
+        if covered {
+            in_the_way.sort_by_key(|rule| rule.offset);
+            in_the_way.dedup_by_key(|rule| rule.offset);
+            let problem = Problem::Unreachable(named(&in_the_way));
             mistakes.push(Mistake::at(text, rule.offset, problem));
         }
     }
     if mistakes.is_empty() { Ok(()) } else { Err(mistakes) }
+}
+
+/// Whether a rule matches all paths that match the glob, or all paths if there is no glob. Where that is hard to say,
+/// it is no.
+fn takes_all_of(rule: &ParsedRule, glob: Option<&Glob>) -> bool {
+    rule.paths.is_empty() || glob.is_some_and(|glob| rule.paths.iter().any(|wide| wide.covers(glob)))
 }
 
 /// The lines of the rules that are in the way, the first few of them.
@@ -34,25 +48,21 @@ fn named(rules: &[&ParsedRule]) -> String {
     format!("the {rules} of line {}{more} {leave}", lines.join(", "))
 }
 
-/// Files that are left for a rule: all that meet the conditions, whose paths are as told.
+/// Files that are left for a rule: all that meet the conditions. Of paths nothing is said here.
 #[derive(Clone)]
-struct Region<'a> {
+struct Region {
     conditions: Conditions,
-    /// The path matches one glob of each of these lists, and no glob of each of those.
-    inside: Vec<&'a [Glob]>,
-    outside: Vec<&'a [Glob]>,
 }
 
-impl<'a> Region<'a> {
-    fn of(rule: &'a ParsedRule) -> Region<'a> {
-        let inside = if rule.paths.is_empty() { Vec::new() } else { vec![&rule.paths[..]] };
+impl Region {
+    fn of(rule: &ParsedRule) -> Region {
         let mut conditions = rule.conditions.clone();
         conditions.free.max = conditions.free.max.min(100);
-        Region { conditions, inside, outside: Vec::new() }
+        Region { conditions }
     }
 
     /// Whether the rules match all of the region. Where that is hard to say, it is no.
-    fn is_covered(&self, rules: &[&'a ParsedRule], patience: &mut usize) -> bool {
+    fn is_covered(&self, rules: &[&ParsedRule], patience: &mut usize) -> bool {
         let Some((first, rest)) = rules.split_first() else { return false };
         let Some(left) = patience.checked_sub(1) else { return false };
         *patience = left;
@@ -64,23 +74,8 @@ impl<'a> Region<'a> {
     }
 
     /// Takes from the region all that `rule` does not match, in pieces that do not overlap. Whether anything is left.
-    fn restrict(mut self, rule: &'a ParsedRule, mut take: impl FnMut(Region<'a>)) -> bool {
+    fn restrict(mut self, rule: &ParsedRule, mut take: impl FnMut(Region)) -> bool {
         let other = &rule.conditions;
-        if !rule.paths.is_empty() {
-            let paths = &rule.paths[..];
-            if self.inside.iter().any(|inside| excludes(inside, paths)) {
-                return false;
-            }
-            if !self.inside.iter().any(|inside| covers(paths, inside)) {
-                let mut piece = self.clone();
-                piece.outside.push(paths);
-                take(piece);
-                if self.outside.iter().any(|outside| covers(outside, paths)) {
-                    return false;
-                }
-                self.inside.push(paths);
-            }
-        }
         type Get = fn(&mut Conditions) -> &mut Interval;
         let intervals: [(Get, Interval); 3] =
             [(|c| &mut c.size, other.size), (|c| &mut c.age, other.age), (|c| &mut c.free, other.free)];
@@ -103,7 +98,7 @@ impl<'a> Region<'a> {
             && other.sets.as_ref().is_none_or(|sets| self.restrict_sets(sets, &mut take))
     }
 
-    fn restrict_flags(&mut self, flags: Flags, take: &mut impl FnMut(Region<'a>)) -> bool {
+    fn restrict_flags(&mut self, flags: Flags, take: &mut impl FnMut(Region)) -> bool {
         for bit in (0..u8::BITS).map(|shift| 1 << shift).filter(|bit| flags.mask & bit != 0) {
             let wanted = flags.value & bit != 0;
             let mine = self.conditions.flags;
@@ -119,7 +114,7 @@ impl<'a> Region<'a> {
         true
     }
 
-    fn restrict_sets(&mut self, sets: &Sets, take: &mut impl FnMut(Region<'a>)) -> bool {
+    fn restrict_sets(&mut self, sets: &Sets, take: &mut impl FnMut(Region)) -> bool {
         self.restrict_choice(|sets| &mut sets.uid, sets.uid.as_ref(), take)
             && self.restrict_choice(|sets| &mut sets.gid, sets.gid.as_ref(), take)
             && sets.xattrs.iter().all(|(number, values)| self.restrict_xattr(*number, values, take))
@@ -133,7 +128,7 @@ impl<'a> Region<'a> {
         &mut self,
         get: impl Fn(&mut Sets) -> &mut Option<Choice<T>>,
         wanted: Option<&Choice<T>>,
-        take: &mut impl FnMut(Region<'a>),
+        take: &mut impl FnMut(Region),
     ) -> bool {
         let Some(wanted) = wanted else { return true };
         let mine = get(self.sets()).take().unwrap_or(Choice::Except(Vec::new()));
@@ -152,7 +147,7 @@ impl<'a> Region<'a> {
         &mut self,
         number: usize,
         wanted: &Choice<Option<Vec<u8>>>,
-        take: &mut impl FnMut(Region<'a>),
+        take: &mut impl FnMut(Region),
     ) -> bool {
         let xattrs = &mut self.sets().xattrs;
         let at = xattrs.iter().position(|(known, _)| *known == number).unwrap_or_else(|| {
@@ -199,14 +194,4 @@ impl<T: Ord + Clone> Choice<T> {
             }
         }
     }
-}
-
-/// Whether each path that matches one of `narrow` matches one of `wide`.
-fn covers(wide: &[Glob], narrow: &[Glob]) -> bool {
-    narrow.iter().all(|narrow| wide.iter().any(|wide| wide.covers(narrow)))
-}
-
-/// Whether no path matches one of both.
-fn excludes(a: &[Glob], b: &[Glob]) -> bool {
-    a.iter().all(|a| b.iter().all(|b| a.excludes(b)))
 }

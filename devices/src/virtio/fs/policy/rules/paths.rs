@@ -121,15 +121,6 @@ impl Glob {
                 }
             }
     }
-
-    /// Whether no path matches both. Where that is hard to say, it is no.
-    pub(super) fn excludes(&self, other: &Glob) -> bool {
-        let differ = |a: &Option<String>, b: &Option<String>| a.is_some() && b.is_some() && a != b;
-        let directories = (&self.common.directory, &other.common.directory);
-        differ(&self.common.name, &other.common.name)
-            || differ(&self.common.extension, &other.common.extension)
-            || matches!(directories, (Some(a), Some(b)) if !is_in(a, b) && !is_in(b, a))
-    }
 }
 
 fn automaton(regex: &str) -> Result<GlobAutomaton, String> {

@@ -198,6 +198,8 @@ fn rules_that_can_never_match() {
         (&["path = 'lib/**'", "path = ['lib/x/*.so', 'lib/a']"], &[1]),
         (&["path = 'lib/**'", "path = ['lib/x/*.so', 'libx/a']"], &[]),
         (&["path = ['*.a', '*.b']", "path = '*.b', uid = 1"], &[1]),
+        (&["path = '*.a'", "path = '*.b'", "path = ['*.b', 'x/*.a']"], &[2]),
+        (&["path = '*.a'", "path = '*.b', uid = 1", "path = ['*.b', '*.a']"], &[]),
         (&["path = 'a*'", "path = 'a*', size.min = 1"], &[1]),
         (&["path = 'a*'", "path = '/abc'"], &[1]),
         (&["path = 'Makefile'", "path = 'src/Makefile'"], &[1]),
