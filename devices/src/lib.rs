@@ -5,4 +5,5 @@ pub mod bus;
 pub mod interrupt;
 pub mod legacy;
 pub mod pci;
+pub mod text;
 pub mod virtio;

@@ -8,7 +8,7 @@ use devices::bus::BusError;
 use devices::legacy::{AcpiSleep, KeyboardController, PowerEvent, SerialPort};
 use devices::pci::{ConfigPorts, Ecam};
 use devices::virtio::device::{DeviceMemory, VirtioDevice};
-use devices::virtio::fs::policy::Policy;
+use devices::virtio::fs::policy::RuleFileError;
 use devices::virtio::fs::window::default_window_size;
 use devices::virtio::fs::{FileSystemConfig, FileSystemDevice, FileSystemError};
 use devices::virtio::pci::VirtioPciError;
@@ -20,7 +20,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::arch::x86_64::entry::{self, EntryError, EntryPoint};
 use crate::arch::x86_64::{acpi, cpuid};
 use crate::boot::{self, Boot, BootError};
-use crate::config::{DaxConfig, ShareConfig, ValidConfig};
+use crate::config::{ShareConfig, ValidConfig};
 use crate::console::{ConsoleLog, ConsoleOutput};
 use crate::device_manager::DeviceManager;
 use crate::exit::Buses;
@@ -62,6 +62,15 @@ pub enum BuildError {
         /// Why not.
         #[source]
         source: FileSystemError,
+    },
+    /// A share's DAX policy.
+    #[error("Share `{tag}`")]
+    Policy {
+        /// Its tag.
+        tag: String,
+        /// What is wrong with the rule file.
+        #[source]
+        source: RuleFileError,
     },
     /// A device behind the virtio transport.
     #[error(transparent)]
@@ -200,12 +209,9 @@ fn add_share(
     share: &ShareConfig,
     config: &ValidConfig,
 ) -> Result<ShareCounters, BuildError> {
-    let policy = match share.dax {
-        DaxConfig::Never => Policy::Never,
-        DaxConfig::Always => Policy::Always,
-    };
+    let policy = share.dax.load().map_err(|source| BuildError::Policy { tag: share.tag.clone(), source })?;
     // A window that no file could use would only cost the guest memory.
-    let default_window = || if policy == Policy::Never { 0 } else { default_window_size(config.memory) };
+    let default_window = || if policy.may_grant() { default_window_size(config.memory) } else { 0 };
     let device = FileSystemDevice::new(FileSystemConfig {
         tag: share.tag.clone(),
         path: share.path.clone(),

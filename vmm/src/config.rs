@@ -1,10 +1,13 @@
 //! What a VM is to be: [`VmConfig`], plain data as a user writes it, and [`ValidConfig`], which cannot be wrong in
 //! itself. Only the system can still refuse it.
 
+use std::fmt;
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Duration;
 
 use devices::virtio::fs::CacheMode;
+use devices::virtio::fs::policy::{Policy, RuleFileError, UnknownPolicy};
 use serde::{Deserialize, Serialize};
 
 use crate::arch::x86_64::MAX_VCPUS;
@@ -15,6 +18,8 @@ pub const MIN_MEMORY: u64 = 64 << 20;
 /// The most memory that a guest can have, in bytes: what the smallest physical address space of a supported CPU holds
 /// beside windows.
 pub const MAX_MEMORY: u64 = 512 << 30;
+/// What a guest gets when the user gives no memory, in bytes.
+pub const DEFAULT_MEMORY: u64 = 512 << 20;
 /// Shares that fit on the PCI bus beside the host bridge.
 pub const MAX_SHARES: usize = 24;
 /// What the command line begins with; what the user gives comes after it, and so wins.
@@ -69,15 +74,68 @@ pub struct ShareConfig {
     pub cache: CacheMode,
 }
 
-/// Which files of a share are DAX.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+/// Which files of a share are DAX: the name of a policy, or a rule file. As text, a rule file is what ends in `.toml` or
+/// has a slash.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub enum DaxConfig {
-    /// None.
-    Never,
-    /// Every regular file.
-    #[default]
-    Always,
+    /// A policy that has a name.
+    Named(Policy),
+    /// A rule file, which is read when the share is made.
+    File(PathBuf),
+}
+
+impl DaxConfig {
+    /// The policy; reads the rule file if it is one.
+    ///
+    /// # Errors
+    /// The rule file cannot be read, or has mistakes.
+    pub fn load(&self) -> Result<Policy, RuleFileError> {
+        match self {
+            DaxConfig::Named(policy) => Ok(policy.clone()),
+            DaxConfig::File(path) => Policy::load(path),
+        }
+    }
+}
+
+impl Default for DaxConfig {
+    fn default() -> DaxConfig {
+        DaxConfig::Named(Policy::default())
+    }
+}
+
+impl FromStr for DaxConfig {
+    type Err = UnknownPolicy;
+
+    fn from_str(text: &str) -> Result<DaxConfig, UnknownPolicy> {
+        if text.ends_with(".toml") || text.contains('/') {
+            return Ok(DaxConfig::File(text.into()));
+        }
+        text.parse().map(DaxConfig::Named)
+    }
+}
+
+impl TryFrom<String> for DaxConfig {
+    type Error = UnknownPolicy;
+
+    fn try_from(text: String) -> Result<DaxConfig, UnknownPolicy> {
+        text.parse()
+    }
+}
+
+impl fmt::Display for DaxConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            DaxConfig::Named(policy) => policy.fmt(f),
+            DaxConfig::File(path) => path.display().fmt(f),
+        }
+    }
+}
+
+impl From<DaxConfig> for String {
+    fn from(config: DaxConfig) -> String {
+        config.to_string()
+    }
 }
 
 fn default_cpus() -> u8 {
@@ -85,7 +143,7 @@ fn default_cpus() -> u8 {
 }
 
 fn default_memory() -> u64 {
-    512 << 20
+    DEFAULT_MEMORY
 }
 
 /// Why a configuration is wrong. The message names what to change.
@@ -180,7 +238,7 @@ mod tests {
             path: "/".into(),
             read_only: false,
             window: None,
-            dax: DaxConfig::Always,
+            dax: DaxConfig::default(),
             cache: CacheMode::Auto,
         }
     }
@@ -198,6 +256,24 @@ mod tests {
         assert_eq!(ValidConfig::new(twins).unwrap_err(), ConfigError::DuplicateTag("a".into()));
         let many = VmConfig { shares: (0..25).map(|i| share(&i.to_string())).collect(), ..config() };
         assert_eq!(ValidConfig::new(many).unwrap_err(), ConfigError::Shares(25));
+    }
+
+    #[test]
+    fn policies_are_names_or_files() {
+        for (text, config) in [
+            ("never", DaxConfig::Named(Policy::Never)),
+            ("size:2M", DaxConfig::Named(Policy::Size(2 << 20))),
+            ("rules.toml", DaxConfig::File("rules.toml".into())),
+            ("./auto", DaxConfig::File("./auto".into())),
+        ] {
+            assert_eq!(text.parse(), Ok(config.clone()));
+            let json = serde_json::to_string(&config).unwrap();
+            assert_eq!(json, format!("{text:?}"));
+            assert_eq!(serde_json::from_str::<DaxConfig>(&json).unwrap(), config);
+        }
+        let error = serde_json::from_str::<DaxConfig>("\"inod\"").unwrap_err().to_string();
+        assert!(error.contains("did you mean `inode`"), "{error}");
+        assert!(DaxConfig::File("/nonexistent/p.toml".into()).load().is_err());
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! The command line: one file a subcommand. Parsing has no side effects.
 
+mod policy;
 mod run;
 mod share;
-mod size;
 
 use std::error::Error;
 use std::process::ExitCode;
@@ -23,6 +23,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Run(run::RunArgs),
+    Policy(policy::PolicyArgs),
 }
 
 /// Runs the program; returns its exit status.
@@ -37,8 +38,11 @@ pub fn main() -> ExitCode {
         }
     };
     init_logging();
-    let Command::Run(args) = cli.command;
-    match args.execute() {
+    let result = match cli.command {
+        Command::Run(args) => args.execute(),
+        Command::Policy(args) => args.execute(),
+    };
+    match result {
         Ok(status) => ExitCode::from(status),
         Err(error) => {
             eprintln!("daxvm: {}", chain(&*error));

@@ -7,9 +7,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
+use devices::text::{parse_duration, parse_size};
 
 use super::share::parse_share;
-use super::size::{parse_duration, parse_size};
 use crate::config::{ShareConfig, ValidConfig, VmConfig};
 use crate::console::{make_terminal_raw, restore_terminal};
 use crate::outcome::{ExitReason, Stop};
@@ -39,7 +39,8 @@ pub struct RunArgs {
     /// RAM, 64M or more, in steps of 2M
     #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_size)]
     memory: u64,
-    /// Share a directory: tag=TAG,path=DIR and, if wanted, ro, window=SIZE, dax=never or dax=always; may be repeated
+    /// Share a directory: tag=TAG,path=DIR and, if wanted, ro, window=SIZE, dax=POLICY (never, always, inode, size,
+    /// size:BYTES, auto, or a rule file); may be repeated
     #[arg(long = "share", value_name = "KEY=VALUE,...", value_parser = parse_share)]
     shares: Vec<ShareConfig>,
     /// End the guest after this time

@@ -2,9 +2,10 @@
 
 use std::path::PathBuf;
 
+use devices::text::{parse_size, unknown};
 use devices::virtio::fs::CacheMode;
+use devices::virtio::fs::policy::UnknownPolicy;
 
-use super::size::parse_size;
 use crate::config::{DaxConfig, ShareConfig};
 
 const KEYS: [&str; 6] = ["tag", "path", "ro", "window", "dax", "cache"];
@@ -31,7 +32,7 @@ pub fn parse_share(text: &str) -> Result<ShareConfig, String> {
                 _ => return Err("`ro` takes no value".into()),
             },
             "window" => window = Some(parse_size(value("256M")?)?),
-            "dax" => dax = parse_dax(value("always")?)?,
+            "dax" => dax = value("auto")?.parse().map_err(|error: UnknownPolicy| error.to_string())?,
             "cache" => cache = parse_cache(value("auto")?)?,
             _ => return Err(unknown("key", key, &KEYS)),
         }
@@ -49,42 +50,35 @@ pub fn parse_share(text: &str) -> Result<ShareConfig, String> {
     })
 }
 
-fn parse_dax(text: &str) -> Result<DaxConfig, String> {
-    match text {
-        "never" => Ok(DaxConfig::Never),
-        "always" => Ok(DaxConfig::Always),
-        _ => Err(unknown("DAX policy", text, &["never", "always"])),
-    }
-}
-
 fn parse_cache(text: &str) -> Result<CacheMode, String> {
     text.parse().map_err(|_| unknown("cache mode", text, &["never", "none", "auto", "metadata", "always"]))
 }
 
-/// Says what was not understood, and what was probably meant.
-fn unknown(what: &str, given: &str, known: &[&str]) -> String {
-    let nearest = known
-        .iter()
-        .map(|candidate| (strsim::damerau_levenshtein(given, candidate), *candidate))
-        .min()
-        .filter(|(distance, candidate)| *distance <= candidate.len().max(3) / 2);
-    match nearest {
-        Some((_, candidate)) => format!("unknown {what} `{given}`; did you mean `{candidate}`?"),
-        None => format!("unknown {what} `{given}`; known are {}", known.join(", ")),
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use devices::virtio::fs::policy::Policy;
+
     use super::*;
 
     #[test]
     fn a_share_with_everything() {
         let share = parse_share("tag=src,path=/a=b,ro,window=64M,dax=never,cache=none").unwrap();
         assert_eq!((share.tag.as_str(), share.path.to_str()), ("src", Some("/a=b")));
-        assert_eq!((share.read_only, share.window, share.dax), (true, Some(64 << 20), DaxConfig::Never));
+        assert_eq!(
+            (share.read_only, share.window, share.dax),
+            (true, Some(64 << 20), DaxConfig::Named(Policy::Never))
+        );
         assert_eq!(share.cache, CacheMode::Never);
         assert_eq!(parse_share("tag=src,path=/").unwrap().cache, CacheMode::Auto);
+    }
+
+    #[test]
+    fn policies_have_names_or_lie_in_files() {
+        let dax = |text: &str| parse_share(&format!("tag=a,path=/,dax={text}")).unwrap().dax;
+        for name in ["never", "always", "inode", "size", "size:64K", "auto"] {
+            assert_eq!(dax(name), DaxConfig::Named(name.parse().unwrap()));
+        }
+        assert_eq!(dax("ci.toml"), DaxConfig::File("ci.toml".into()));
     }
 
     #[test]
@@ -98,6 +92,7 @@ mod tests {
             ("tag=a,path=/,window=lots", "is no size"),
             ("tag=a,path=/,dax=alway", "did you mean `always`"),
             ("tag=a,path=/,cache=alway", "did you mean `always`"),
+            ("tag=a,path=/,dax=size:x", "`x` is no size"),
             ("tag=a,path=/,readonly", "known are"),
         ] {
             let error = parse_share(text).unwrap_err();

@@ -1,85 +1,142 @@
 //! Which files a share offers through its DAX window: facts about a file in, a decision with its reason out.
 //!
 //! The policy is a pure function. It knows neither descriptors nor inode numbers, asks nobody, and gives the same
-//! answer to the same question.
+//! answer to the same question. docs/per-file-dax.md is its manual.
 
+mod cost;
 mod facts;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
+mod reason;
+mod rules;
+#[cfg(test)]
+mod tests;
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
-pub use facts::{FileFacts, Needs, WindowFacts};
+pub use self::cost::{BREAK_EVEN, CHUNK_COST, Cost};
+use self::cost::{FREE_BAND, size_before_shrinking};
+pub use self::facts::{FileFacts, Needs, WindowFacts};
+pub use self::reason::{DecidedBy, Decision, Explanation, Fact, Reason};
+pub use self::rules::{Mistake, Problem, RuleFileError, Rules};
+use crate::text::{exact_size, parse_size, unknown};
 
-/// A share's policy.
+/// A share's policy. All but [`Policy::Rules`] and [`Policy::Never`] leave set-id files out, see [`Fact::SetId`].
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub enum Policy {
-    /// Every regular file is DAX, set-id files apart (see [`Reason::SetId`]).
+    /// No file is DAX.
+    Never,
+    /// Every regular file is.
     #[default]
     Always,
-    /// No file is.
-    Never,
-    /// Regular files with the persistent hint.
+    /// The files whose persistent flag (FS_XFLAG_DAX) is set are.
     Inode,
-    /// Regular files of at least so many bytes.
+    /// The files of at least so many bytes are.
     Size(u64),
+    /// The files are whose page descriptors cost the guest less memory than their page cache would, that have no
+    /// capabilities, and for which the window has room.
+    Auto,
+    /// A rule file decides.
+    Rules(Arc<Rules>),
 }
 
-/// Whether a file is DAX, and why.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Decision {
-    /// Whether the guest is to access the file's pages through the window.
-    pub dax: bool,
-    /// What decided it.
-    pub reason: Reason,
-}
-
-/// What decided.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Reason {
-    /// Only regular files have pages to map.
-    NotRegular,
-    /// A write to a set-id file must take the bit away, and the device sees no write that goes through the window.
-    SetId,
-    /// The policy makes no difference between files.
-    Always,
-    /// The same.
-    Never,
-    /// The persistent hint.
-    Hint,
-    /// The file's size.
-    Size,
-}
-
-/// The needs of policies that ask for nothing.
+/// The needs of the policies that are not rule files.
 static NOTHING: Needs = Needs { path: false, hint: false, capabilities: false, xattrs: Vec::new() };
+static HINT: Needs = Needs { path: false, hint: true, capabilities: false, xattrs: Vec::new() };
+static CAPABILITIES: Needs = Needs { path: false, hint: false, capabilities: true, xattrs: Vec::new() };
 
 impl Policy {
     /// The facts that the policy asks for beside those of stat(2).
     pub fn needs(&self) -> &Needs {
-        static HINT: Needs = Needs { path: false, hint: true, capabilities: false, xattrs: Vec::new() };
-        if *self == Policy::Inode { &HINT } else { &NOTHING }
+        match self {
+            Policy::Never | Policy::Always | Policy::Size(_) => &NOTHING,
+            Policy::Inode => &HINT,
+            Policy::Auto => &CAPABILITIES,
+            Policy::Rules(rules) => rules.needs(),
+        }
     }
 
     /// Decides about one file. `current` is what the guest now takes the file for, if it knows the file: a policy with
-    /// thresholds keeps to it until the file is clearly on the other side.
+    /// thresholds keeps to it until the file is clearly on the other side. Without it the thresholds are taken as they
+    /// stand. Nothing is allocated.
     pub fn decide(&self, facts: &FileFacts<'_>, current: Option<bool>) -> Decision {
-        let _ = current;
-        let (dax, reason) = match self {
-            _ if facts.mode & libc::S_IFMT != libc::S_IFREG => (false, Reason::NotRegular),
-            Policy::Always if is_set_id(facts.mode) => (false, Reason::SetId),
-            Policy::Always => (true, Reason::Always),
-            Policy::Never => (false, Reason::Never),
-            Policy::Inode => (facts.hint, Reason::Hint),
-            Policy::Size(least) => (facts.size >= *least, Reason::Size),
+        match self {
+            _ if facts.mode & libc::S_IFMT != libc::S_IFREG => {
+                decision(DecidedBy::Policy, (false, Fact::NotRegular, false))
+            }
+            Policy::Rules(rules) => rules.decide(facts, current),
+            _ => decision(DecidedBy::Policy, self.judge(facts, current, false)),
+        }
+    }
+
+    /// What a policy other than a rule file says of a regular file: whether it is DAX, why, and whether that is only
+    /// so because it was. `trusted` lets set-id files through.
+    fn judge(&self, facts: &FileFacts<'_>, current: Option<bool>, trusted: bool) -> (bool, Fact, bool) {
+        let was_dax = current == Some(true);
+        let at_least = |test: &dyn Fn(u64) -> bool| {
+            let now = test(facts.size);
+            let kept = !now && was_dax && test(size_before_shrinking(facts.size));
+            (now || kept, kept)
         };
-        Decision { dax, reason }
+        match self {
+            Policy::Never => (false, Fact::Alike, false),
+            _ if !trusted && is_set_id(facts.mode) => (false, Fact::SetId, false),
+            Policy::Always | Policy::Rules(_) => (true, Fact::Alike, false),
+            Policy::Inode => (facts.hint, Fact::Hint, false),
+            Policy::Size(bytes) => {
+                let (dax, kept) = at_least(&|size| size >= *bytes);
+                (dax, Fact::Size, kept)
+            }
+            Policy::Auto if facts.capabilities => (false, Fact::Capabilities, false),
+            Policy::Auto => {
+                let (pays, kept) = at_least(&|size| Cost::of(size).pays());
+                let chunks = facts.window.promised.saturating_add(Cost::of(facts.size).chunks);
+                match chunks {
+                    _ if !pays => (false, Fact::Cost, false),
+                    _ if chunks <= facts.window.usable() => (true, Fact::Cost, kept),
+                    // Files that grow make the promises exceed what is usable. To take all of them back at once would
+                    // help nobody; so they hold for as long as the window could carry them at all.
+                    _ if was_dax && chunks <= facts.window.chunks => (true, Fact::Window, true),
+                    _ => (false, Fact::Window, false),
+                }
+            }
+        }
     }
 
     /// Whether a client may map a file that it takes for DAX whatever its attributes say: `dax=always` mounts do not
     /// ask.
+    ///
+    /// `never` forbids it, and so does a rule file with `enforce = true` for the files that it denies. All other
+    /// policies are about what is worth its memory, and a file that its client maps but may not is one that nobody
+    /// there can read.
     pub fn allows_mapping(&self, facts: &FileFacts<'_>) -> bool {
-        *self != Policy::Never && facts.mode & libc::S_IFMT == libc::S_IFREG
+        let regular = facts.mode & libc::S_IFMT == libc::S_IFREG;
+        match self {
+            Policy::Never => false,
+            Policy::Rules(rules) if rules.enforced() => self.decide(facts, None).dax,
+            _ => regular,
+        }
     }
+
+    /// Whether any file could be DAX, so that a window is of use.
+    pub fn may_grant(&self) -> bool {
+        match self {
+            Policy::Never => false,
+            Policy::Rules(rules) => rules.may_grant(),
+            _ => true,
+        }
+    }
+
+    /// A decision of this policy, about the file of these facts, in words.
+    pub fn explain<'a>(&'a self, decision: &Decision, facts: &'a FileFacts<'a>) -> Explanation<'a> {
+        Explanation { policy: self, decision: *decision, facts }
+    }
+}
+
+fn decision(by: DecidedBy, (dax, fact, kept): (bool, Fact, bool)) -> Decision {
+    Decision { dax, reason: Reason { by, fact, kept } }
 }
 
 /// Whether a file of this mode runs with its owner's or its group's rights, which a write takes away.
@@ -91,80 +148,40 @@ pub(super) fn is_set_id(mode: u32) -> bool {
 impl fmt::Display for Policy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Policy::Always => f.write_str("always"),
-            Policy::Never => f.write_str("never"),
-            Policy::Inode => f.write_str("inode"),
-            Policy::Size(least) => write!(f, "size:{least}"),
+            Policy::Never => f.pad("never"),
+            Policy::Always => f.pad("always"),
+            Policy::Inode => f.pad("inode"),
+            Policy::Size(BREAK_EVEN) => f.pad("size"),
+            Policy::Size(bytes) => f.pad(&format!("size:{}", exact_size(*bytes))),
+            Policy::Auto => f.pad("auto"),
+            Policy::Rules(rules) => f.pad(rules.name()),
         }
     }
 }
 
-/// A policy that does not exist.
+/// A name that no policy has.
 #[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
-#[error("There is no DAX policy {0:?}: use always or never")]
+#[error("{0}")]
 pub struct UnknownPolicy(pub String);
 
+/// The names of policies, for messages.
+const NAMES: [&str; 5] = ["never", "always", "inode", "size", "auto"];
+
+/// The policies that have names: `never`, `always`, `inode`, `size`, `size:BYTES` and `auto`.
 impl FromStr for Policy {
     type Err = UnknownPolicy;
 
     fn from_str(name: &str) -> Result<Policy, UnknownPolicy> {
         match name {
-            "always" => Ok(Policy::Always),
             "never" => Ok(Policy::Never),
-            _ => Err(UnknownPolicy(name.into())),
+            "always" => Ok(Policy::Always),
+            "inode" => Ok(Policy::Inode),
+            "size" => Ok(Policy::Size(BREAK_EVEN)),
+            "auto" => Ok(Policy::Auto),
+            _ => match name.split_once(':') {
+                Some(("size", bytes)) => parse_size(bytes).map(Policy::Size).map_err(UnknownPolicy),
+                _ => Err(UnknownPolicy(unknown("DAX policy", name, &NAMES))),
+            },
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn file(mode: u32) -> FileFacts<'static> {
-        FileFacts { mode, ..FileFacts::default() }
-    }
-
-    fn decide(policy: Policy, mode: u32) -> (bool, Reason) {
-        let Decision { dax, reason } = policy.decide(&file(mode), None);
-        (dax, reason)
-    }
-
-    #[test]
-    fn only_regular_files_are_dax() {
-        for kind in
-            [libc::S_IFDIR, libc::S_IFLNK, libc::S_IFIFO, libc::S_IFSOCK, libc::S_IFCHR, libc::S_IFBLK]
-        {
-            for policy in [Policy::Always, Policy::Never] {
-                assert_eq!(decide(policy.clone(), kind | 0o777), (false, Reason::NotRegular));
-                assert!(!policy.allows_mapping(&file(kind | 0o777)));
-            }
-        }
-    }
-
-    #[test]
-    fn regular_files_follow_the_policy() {
-        for mode in [0, 0o644, 0o755, 0o1777, 0o2644] {
-            let mode = libc::S_IFREG | mode;
-            assert_eq!(decide(Policy::Always, mode), (true, Reason::Always));
-            assert_eq!(decide(Policy::Never, mode), (false, Reason::Never));
-        }
-    }
-
-    #[test]
-    fn set_id_files_are_not_dax() {
-        for mode in [0o4755, 0o4644, 0o2755, 0o6755, 0o2010] {
-            let mode = libc::S_IFREG | mode;
-            assert_eq!(decide(Policy::Always, mode), (false, Reason::SetId));
-            assert!(Policy::Always.allows_mapping(&file(mode)));
-            assert!(!Policy::Never.allows_mapping(&file(mode)));
-        }
-    }
-
-    #[test]
-    fn names_are_parsed_as_they_are_printed() {
-        for policy in [Policy::Always, Policy::Never] {
-            assert_eq!(policy.to_string().parse(), Ok(policy));
-        }
-        assert!("Always".parse::<Policy>().unwrap_err().to_string().contains("use always or never"));
     }
 }

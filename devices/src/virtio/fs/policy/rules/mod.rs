@@ -1,0 +1,200 @@
+//! Rule files: ordered rules of which the first that matches decides.
+//!
+//! [`parse`] reads the TOML, [`check`] finds rules that no file reaches, [`conditions`] and [`paths`] match, and
+//! [`index`] spares most of the matching.
+
+mod check;
+mod conditions;
+mod describe;
+mod error;
+mod index;
+mod parse;
+mod paths;
+
+use std::path::Path;
+
+use self::conditions::{Conditions, Probe};
+pub use self::error::{Mistake, Problem, RuleFileError};
+use self::index::PathIndex;
+use super::{DecidedBy, Decision, FileFacts, Needs, Policy, decision};
+
+/// The rules of a rule file, ready to decide.
+#[derive(Debug)]
+pub struct Rules {
+    name: String,
+    text: String,
+    needs: Needs,
+    enforce: bool,
+    index: PathIndex,
+    /// The conditions of each rule; kept together, since a decision looks at many of them.
+    conditions: Vec<Conditions>,
+    outcomes: Vec<Outcome>,
+    default: Policy,
+}
+
+/// What a rule is called, and what it does with the files that it matches.
+#[derive(Debug)]
+struct Outcome {
+    name: Option<String>,
+    line: usize,
+    action: Policy,
+    /// The globs as they are written.
+    paths: Vec<String>,
+    /// The rule speaks of set-id files, so what it allows it allows them too.
+    trusts_set_id: bool,
+}
+
+impl Policy {
+    /// Understands the text of a rule file; `name` is what messages call it.
+    ///
+    /// # Errors
+    /// All mistakes, with line and column.
+    pub fn from_rules(name: &str, text: &str) -> Result<Policy, RuleFileError> {
+        match Rules::new(name, text) {
+            Ok(rules) => Ok(Policy::Rules(rules.into())),
+            Err(mistakes) => Err(RuleFileError::Mistakes { name: name.to_owned(), mistakes }),
+        }
+    }
+
+    /// Reads a rule file.
+    ///
+    /// # Errors
+    /// The file cannot be read, or has mistakes.
+    pub fn load(path: &Path) -> Result<Policy, RuleFileError> {
+        let unreadable = |source| RuleFileError::Read { path: path.into(), source };
+        let text = std::fs::read_to_string(path).map_err(unreadable)?;
+        Policy::from_rules(&path.display().to_string(), &text)
+    }
+}
+
+/// Two are equal when they were read from the same text under the same name.
+impl PartialEq for Rules {
+    fn eq(&self, other: &Rules) -> bool {
+        (&self.name, &self.text) == (&other.name, &other.text)
+    }
+}
+
+impl Eq for Rules {}
+
+impl Rules {
+    fn new(name: &str, text: &str) -> Result<Rules, Vec<Mistake>> {
+        let document = parse::parse(text)?;
+        check::reachable(text, &document.rules)?;
+        let mut rules = Rules {
+            name: name.to_owned(),
+            text: text.to_owned(),
+            needs: document.needs,
+            enforce: document.enforce,
+            index: PathIndex::new(&document.rules),
+            conditions: Vec::with_capacity(document.rules.len()),
+            outcomes: Vec::with_capacity(document.rules.len()),
+            default: document.default,
+        };
+        for rule in document.rules {
+            rules.conditions.push(rule.conditions);
+            rules.outcomes.push(rule.outcome);
+        }
+        Ok(rules)
+    }
+
+    /// What the file is called.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The number of rules, the default not counted.
+    pub fn len(&self) -> usize {
+        self.outcomes.len()
+    }
+
+    /// Whether there is nothing but the default.
+    pub fn is_empty(&self) -> bool {
+        self.outcomes.is_empty()
+    }
+
+    /// Whether clients that take all files for DAX may not map those that the rules deny.
+    pub fn enforced(&self) -> bool {
+        self.enforce
+    }
+
+    pub(super) fn needs(&self) -> &Needs {
+        &self.needs
+    }
+
+    pub(super) fn may_grant(&self) -> bool {
+        let mut actions = self.outcomes.iter().map(|outcome| &outcome.action).chain([&self.default]);
+        actions.any(Policy::may_grant)
+    }
+
+    /// All that can decide: the rules in order, and the default.
+    pub fn deciders(&self) -> impl Iterator<Item = DecidedBy> {
+        (0..self.outcomes.len()).map(|number| DecidedBy::Rule(number as u32)).chain([DecidedBy::Default])
+    }
+
+    /// What a rule does, as one of the policies that are no rule files: `allow` is [`Policy::Always`], `deny` is
+    /// [`Policy::Never`].
+    pub fn action(&self, by: DecidedBy) -> &Policy {
+        self.outcome(by).map_or(&self.default, |outcome| &outcome.action)
+    }
+
+    fn outcome(&self, by: DecidedBy) -> Option<&Outcome> {
+        match by {
+            DecidedBy::Rule(number) => self.outcomes.get(number as usize),
+            DecidedBy::Policy | DecidedBy::Default => None,
+        }
+    }
+
+    pub(super) fn decide(&self, facts: &FileFacts<'_>, current: Option<bool>) -> Decision {
+        let exact = Probe::exact(facts);
+        let rule = self.first(&exact, u32::MAX, |_, conditions| conditions.can_hold(&exact));
+        let decided = self.carry_out(rule, facts, current);
+        match current {
+            Some(current) if current != decided.dax => self.keep(facts, current).unwrap_or(decided),
+            _ => decided,
+        }
+    }
+
+    /// The decision that keeps what the file is, if the file is near enough to facts under which a rule would say so.
+    fn keep(&self, facts: &FileFacts<'_>, current: bool) -> Option<Decision> {
+        let near = Probe::near(facts);
+        // No rule behind one that matches all that is near has a say.
+        let last = self.first(&near, u32::MAX, |_, conditions| conditions.must_hold(&near));
+        let end = last.map_or(u32::MAX, |last| last + 1);
+        let agrees = |rule| self.carry_out(rule, facts, Some(current)).dax == current;
+        let rule =
+            self.first(&near, end, |rule, conditions| conditions.can_hold(&near) && agrees(Some(rule)));
+        let found = rule.is_some() || last.is_none() && agrees(None);
+        found.then(|| {
+            let mut decision = self.carry_out(rule, facts, Some(current));
+            decision.reason.kept = true;
+            decision
+        })
+    }
+
+    /// The first rule before `end` that can match the probe and that meets `test`.
+    fn first(&self, probe: &Probe<'_>, end: u32, test: impl Fn(u32, &Conditions) -> bool) -> Option<u32> {
+        let path = probe.facts.path;
+        let mut first = end;
+        for bucket in self.index.buckets(path) {
+            for entry in bucket {
+                if entry.rule >= first {
+                    break;
+                }
+                let conditions = &self.conditions[entry.rule as usize];
+                if probe.passes(entry.size, entry.flags)
+                    && test(entry.rule, conditions)
+                    && entry.matches(path)
+                {
+                    first = entry.rule;
+                }
+            }
+        }
+        (first < end).then_some(first)
+    }
+
+    fn carry_out(&self, rule: Option<u32>, facts: &FileFacts<'_>, current: Option<bool>) -> Decision {
+        let by = rule.map_or(DecidedBy::Default, DecidedBy::Rule);
+        let trusted = self.outcome(by).is_some_and(|outcome| outcome.trusts_set_id);
+        decision(by, self.action(by).judge(facts, current, trusted))
+    }
+}
