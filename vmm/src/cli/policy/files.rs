@@ -10,10 +10,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
+use devices::virtio::fs::hint;
 use devices::virtio::fs::policy::{FileFacts, Policy, WindowFacts};
 use walkdir::WalkDir;
-
-use devices::virtio::fs::hint;
 
 /// Directories that are read at the same time. With more levels than that, the names of an upper directory are held in
 /// memory.
