@@ -180,6 +180,33 @@ fn explain_names_the_rule() {
 }
 
 #[test]
+fn explain_reads_extended_attributes_that_rules_ask_for() {
+    // In the source tree, as /tmp may be a tmpfs without attributes.
+    let directory = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+    let path = |name: &str| directory.path().join(name);
+    for (name, class) in [("hot", "hot"), ("cold", &*"cold".repeat(100))] {
+        File::create(path(name)).unwrap();
+        let set = rustix::fs::XattrFlags::empty();
+        match rustix::fs::setxattr(path(name), "user.class", class.as_bytes(), set) {
+            Err(rustix::io::Errno::OPNOTSUPP) => return eprintln!("skipped: no extended attributes here"),
+            result => result.unwrap(),
+        }
+    }
+    File::create(path("plain")).unwrap();
+    let rules = "version = 1\ndefault = \"allow\"\n[[rule]]\nxattr.\"user.class\" = \"hot\"\ndax = \"deny\"\n\
+                 [[rule]]\nxattr.\"user.class\" = true\ndax = \"size\"\n";
+    std::fs::write(path("rules.toml"), rules).unwrap();
+    let policy = path("rules.toml");
+    let share = text(directory.path());
+    let answer =
+        json(&["explain", "--share", share, "--policy", text(&policy), "--json", "hot", "cold", "plain"]);
+    for (n, dax, line) in [(0, false, 3.into()), (1, false, 6.into()), (2, true, Value::Null)] {
+        let file = &answer["files"][n];
+        assert_eq!((&file["dax"], &file["rule"]["line"]), (&dax.into(), &line), "{file}");
+    }
+}
+
+#[test]
 fn explain_does_not_leave_the_share_and_goes_on_after_an_error() {
     let share = share();
     let (out, err, status) = run(&[
@@ -280,20 +307,23 @@ fn what_is_unreadable_is_left_out_and_said() {
 #[test]
 fn a_large_tree_takes_no_more_memory_than_a_small_one() {
     let directory = TempDir::new().unwrap();
-    let peak = || {
-        let script = "ulimit -v 60000 && exec \"$0\" policy simulate --share \"$1\" --window 64M --json";
-        let output = Command::new("sh")
-            .args(["-c", script, env!("CARGO_BIN_EXE_daxvm"), text(directory.path())])
-            .output();
-        let output = output.unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        serde_json::from_slice::<Value>(&output.stdout).unwrap()["files"].as_u64().unwrap()
+    // The number of files, or nothing if the program needs more than so many KiB of address space.
+    let simulate = |limit: u32| {
+        let script =
+            "ulimit -v $2 && exec \"$0\" policy simulate --share \"$1\" --window 64M --json 2>/dev/null";
+        let program = env!("CARGO_BIN_EXE_daxvm");
+        let arguments = ["-c", script, program, text(directory.path()), &limit.to_string()];
+        let output = Command::new("sh").args(arguments).output().unwrap();
+        let answer: Value = serde_json::from_slice(&output.stdout).ok()?;
+        answer["files"].as_u64()
     };
-    assert_eq!(peak(), 0);
+    let enough = (4_000..).step_by(500).find(|limit| simulate(*limit) == Some(0)).unwrap();
+    // Their names alone have 4 MB.
+    let tail = "x".repeat(190);
     for number in 0..20_000 {
-        File::create(directory.path().join(format!("a-file-with-a-name-of-some-length-{number}"))).unwrap();
+        File::create(directory.path().join(format!("{number:010}{tail}"))).unwrap();
     }
-    assert_eq!(peak(), 20_000);
+    assert_eq!(simulate(enough + 1_000), Some(20_000), "with {enough} KiB and 1000 more");
 }
 
 #[test]
