@@ -62,6 +62,12 @@ fn trials(places: &Result<Places, String>) -> Vec<Trial> {
         boot.last_trials(places, lifecycle::last_checks(), &mut trials);
     }
     for kernel in KERNELS {
+        let boot = Boot { kernel, cpus: 1, scope: Scope::Long };
+        for place in harness::PLACES {
+            boot.trials(places, place, tree::long_checks(), &mut trials);
+        }
+    }
+    for kernel in KERNELS {
         machine::trials(places, kernel, &mut trials);
     }
     trials

@@ -81,6 +81,8 @@ pub enum Scope {
     Full,
     /// What processors and interrupts have a part in; names and attributes are the same with any number of them.
     Light,
+    /// What takes long.
+    Long,
 }
 
 /// The scratch directories, one a file system.
@@ -157,7 +159,11 @@ pub fn end_current() {
 
 impl Boot {
     fn name(&self, check: impl Display) -> String {
-        format!("{}/{}cpu/{check}", self.kernel.trim_end_matches("-cloud"), self.cpus)
+        let kernel = self.kernel.trim_end_matches("-cloud");
+        match self.scope {
+            Scope::Long => format!("{kernel}/long/{check}"),
+            Scope::Full | Scope::Light => format!("{kernel}/{}cpu/{check}", self.cpus),
+        }
     }
 
     /// Adds a test for each check on one file system.
