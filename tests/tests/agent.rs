@@ -202,8 +202,15 @@ fn direct_reads_go_into_a_mapping() -> Outcome {
 fn small_files_check_what_they_find() -> Outcome {
     let dir = tempfile::tempdir()?;
     let mut agent = Agent::start()?;
-    let work =
-        |phase| Op::SmallFiles(SmallFiles { dir: GuestPath::from(dir.path()), first: 0, count: 50, phase });
+    let work = |phase| {
+        Op::SmallFiles(SmallFiles {
+            dir: GuestPath::from(dir.path()),
+            first: 0,
+            count: 50,
+            sizes: (0, 6000),
+            phase,
+        })
+    };
     agent.call::<u64>(work(SmallFilesPhase::Create))?;
     assert_eq!(fs::read_dir(dir.path())?.count(), 50);
     agent.call::<u64>(work(SmallFilesPhase::Read))?;

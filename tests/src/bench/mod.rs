@@ -3,6 +3,8 @@
 
 pub mod boot;
 pub mod peers;
+mod plot;
+pub mod policy;
 mod table;
 
 pub use table::{Row, Table};
@@ -28,6 +30,9 @@ pub enum BenchError {
     /// A file is missing.
     #[error("Cannot use {0}: run scripts/bench, which makes it")]
     File(PathBuf, #[source] std::io::Error),
+    /// A result that a benchmark takes for granted is not there.
+    #[error("{0}")]
+    Unexpected(String),
     /// The guest driver.
     #[error(transparent)]
     Vm(#[from] crate::vm::VmError),

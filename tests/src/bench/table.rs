@@ -48,6 +48,11 @@ impl Table {
         self.rows.push(Row { row, subject, median, unit, n, ratio_to });
     }
 
+    /// The results so far.
+    pub fn rows(&self) -> &[Row] {
+        &self.rows
+    }
+
     /// Prints the table.
     pub fn print(&self) {
         println!("{:<26} {:<16} {:>10} {:<4} {:>3}  ratio to", "", "", "median", "", "n");

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use tests::bench::{BenchError, Table, boot};
+use tests::bench::{BenchError, Table, boot, policy};
 
 #[derive(Parser)]
 struct Cli {
@@ -18,6 +18,15 @@ enum Benchmark {
         /// Boots with each monitor
         #[arg(short, default_value_t = 5)]
         n: usize,
+        /// The kernel, as scripts/fetch-kernel names it
+        #[arg(long, default_value = "6.12-cloud")]
+        kernel: String,
+    },
+    /// Many small files beside some large ones and a small window, under each policy
+    Policy {
+        /// Small files, of 4 to 16 KiB
+        #[arg(long, default_value_t = 20_000)]
+        files: u32,
         /// The kernel, as scripts/fetch-kernel names it
         #[arg(long, default_value = "6.12-cloud")]
         kernel: String,
@@ -40,6 +49,7 @@ fn run(benchmark: Benchmark) -> Result<(), BenchError> {
     }
     let (name, table): (_, Table) = match benchmark {
         Benchmark::Boot { n, kernel } => ("boot", boot::run(&kernel, n)?),
+        Benchmark::Policy { files, kernel } => ("policy", policy::run(&kernel, files)?),
     };
     table.print();
     table.write(name).map_err(|source| BenchError::System("write target/bench", source))

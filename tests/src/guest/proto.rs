@@ -5,7 +5,7 @@ use std::{fmt, io};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::data::Content;
+use super::data::{Content, word};
 use super::{Bytes, GuestPath};
 
 /// A reply: the op's own type in JSON, or why there is none.
@@ -270,8 +270,24 @@ pub struct SmallFiles {
     pub first: u32,
     /// How many files.
     pub count: u32,
+    /// The least size of a file in bytes, and the first that none has.
+    pub sizes: (u64, u64),
     /// What to do with each of them.
     pub phase: SmallFilesPhase,
+}
+
+impl SmallFiles {
+    /// The path of the file with a number.
+    pub fn path(&self, number: u32) -> GuestPath {
+        self.dir.join(format!("file-{number:06}"))
+    }
+
+    /// What the file with a number contains.
+    pub fn content(&self, number: u32) -> Content {
+        let (least, end) = self.sizes;
+        let len = least + word(u64::MAX, number.into()) % (end - least).max(1);
+        Content { seed: number.into(), len }
+    }
 }
 
 /// What to do with each of many small files; in this order.

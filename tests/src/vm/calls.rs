@@ -138,7 +138,8 @@ impl Vm {
         const BATCH: u32 = 500;
         for first in (0..count).step_by(BATCH as usize) {
             let count = BATCH.min(count - first);
-            self.call::<u64>(&Op::SmallFiles(SmallFiles { dir: dir.into(), first, count, phase }))?;
+            let sizes = (0, 6000);
+            self.call::<u64>(&Op::SmallFiles(SmallFiles { dir: dir.into(), first, count, sizes, phase }))?;
         }
         Ok(())
     }

@@ -3,27 +3,18 @@
 use std::fs;
 use std::time::Instant;
 
-use crate::guest::data::{Content, fill, first_difference, word};
+use crate::guest::data::{Content, fill, first_difference};
 use crate::guest::{Failure, GuestPath, SmallFiles, SmallFilesPhase};
-
-/// Sizes are between nothing and this.
-const MOST: u64 = 6000;
-
-/// Content of the file with this number.
-fn content(number: u32) -> Content {
-    Content { seed: number.into(), len: word(u64::MAX, number.into()) % MOST }
-}
 
 /// Does one phase; says how many microseconds it took.
 pub fn small_files(work: &SmallFiles) -> Result<u64, Failure> {
     let start = Instant::now();
-    let name = |number: u32| work.dir.join(format!("file-{number:06}"));
     let new_name = |number: u32| work.dir.join(format!("renamed-{number:06}"));
     for number in work.first..work.first + work.count {
         match work.phase {
-            SmallFilesPhase::Create => create(&name(number), content(number)),
-            SmallFilesPhase::Read => read(&name(number), content(number)),
-            SmallFilesPhase::Rename => fs::rename(name(number), new_name(number)).map_err(Failure::from),
+            SmallFilesPhase::Create => create(&work.path(number), work.content(number)),
+            SmallFilesPhase::Read => read(&work.path(number), work.content(number)),
+            SmallFilesPhase::Rename => fs::rename(work.path(number), new_name(number)).map_err(Failure::from),
             SmallFilesPhase::Remove => fs::remove_file(new_name(number)).map_err(Failure::from),
         }
         .map_err(|failure| failure.within(format_args!("file {number}")))?;
