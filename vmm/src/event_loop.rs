@@ -132,22 +132,21 @@ impl Loop {
     fn read_input(&mut self, ops: &mut EventOps) -> io::Result<()> {
         let Some(input) = &mut self.input else { return Ok(()) };
         let mut buffer = [0; 256];
-        let read = match input.file.read(&mut buffer) {
+        let read = input.file.read(&mut buffer).or_else(|error| match error.kind() {
+            io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => Err(()),
+            _ => {
+                tracing::warn!(%error, "Console input ends");
+                Ok(0)
+            }
+        });
+        let read = match read {
+            Err(()) => return Ok(()),
             Ok(0) => {
                 let _ = ops.remove(Events::empty(&input.file));
                 input.watched = false;
                 return Ok(());
             }
             Ok(read) => &buffer[..read],
-            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
-                return Ok(());
-            }
-            Err(error) => {
-                tracing::warn!(%error, "Console input ends");
-                let _ = ops.remove(Events::empty(&input.file));
-                input.watched = false;
-                return Ok(());
-            }
         };
         match &mut input.escape {
             None => input.pending.extend(read),

@@ -17,6 +17,7 @@ use rustix::fs::OFlags;
 use super::Server;
 use super::message::{Request, errno};
 use super::xattr;
+use crate::virtio::device::HostMemory;
 use crate::virtio::fs::inodes::KnownHint;
 use crate::virtio::fs::per_file_dax::ClientDax;
 use crate::virtio::fs::policy::{FileFacts, WindowFacts};
@@ -188,13 +189,13 @@ impl Server {
 
     /// The facts that need no question to the host beside stat(2).
     fn cheap_facts(&self, stat: &libc::stat64) -> FileFacts<'static> {
-        let window = self.window.as_ref().map(|window| window.counters()).unwrap_or_default();
+        let window = self.window.as_deref();
         FileFacts {
             age: now().saturating_sub(since_epoch(stat.st_mtime, stat.st_mtime_nsec)),
             read_only: self.read_only,
             window: WindowFacts {
-                chunks: window.size / CHUNK_SIZE,
-                mapped: window.mapped_chunks,
+                chunks: window.map_or(0, |window| window.size() / CHUNK_SIZE),
+                mapped: window.map_or(0, |window| window.mapped_chunks()),
                 promised: self.dax.inodes.promised(),
             },
             ..FileFacts::from(stat)

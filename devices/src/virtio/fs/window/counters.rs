@@ -76,8 +76,12 @@ impl Counts {
         self.mapped.fetch_sub(chunks, Relaxed);
     }
 
+    pub(super) fn mapped_chunks(&self) -> u64 {
+        self.mapped.load(Relaxed)
+    }
+
     pub(super) fn snapshot(&self, size: u64) -> WindowCounters {
-        let mapped_chunks = self.mapped.load(Relaxed);
+        let mapped_chunks = self.mapped_chunks();
         WindowCounters {
             size,
             mapped_chunks,

@@ -201,11 +201,16 @@ impl DaxWindow {
     pub fn clear(&self) -> io::Result<()> {
         let all = self.all();
         let mut table = self.lock();
-        if self.counters().mapped_chunks > 0 {
+        if self.mapped_chunks() > 0 {
             self.punch(all, libc::MAP_FIXED)?;
             self.counts.cleared(table.unmap(all.first, all.count));
         }
         self.scratch.clear()
+    }
+
+    /// Chunks that are mapped now; costs one load.
+    pub fn mapped_chunks(&self) -> u64 {
+        self.counts.mapped_chunks()
     }
 
     /// The counters; takes no lock.
