@@ -33,6 +33,9 @@ pub struct WindowCounters {
     /// Bytes that the guest touched where nothing was mapped, since the window was cleared last. A driver that works as it
     /// should never does that.
     pub stray_bytes: u64,
+    /// Pages of 4 KiB that were replaced by zeros because the device had to copy to or from them, and they lay behind the
+    /// end of their file or could not be written. They are the file's again when their chunk is mapped anew.
+    pub replaced_pages: u64,
 }
 
 /// The living counters. They are written under the window's lock, so that they agree with its table, and are atomic for
@@ -94,6 +97,7 @@ impl Counts {
             remove_mappings: self.removes.load(Relaxed),
             cleared_chunks: self.cleared.load(Relaxed),
             stray_bytes: 0,
+            replaced_pages: 0,
         }
     }
 }

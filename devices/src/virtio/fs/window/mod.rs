@@ -4,6 +4,7 @@
 //! The window knows chunks and descriptors; which file a guest may map is decided elsewhere.
 
 mod counters;
+mod guard;
 mod scratch;
 mod size;
 mod table;
@@ -17,6 +18,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use self::counters::Counts;
 pub use self::counters::WindowCounters;
+use self::guard::Guard;
 use self::scratch::Scratch;
 pub use self::size::{
     MAX_WINDOW_SIZE, MIN_WINDOW_SIZE, WindowSizeError, check_window_size, default_window_size,
@@ -88,6 +90,7 @@ pub struct DaxWindow {
     base: *mut u8,
     /// In bytes, a valid window size.
     size: u64,
+    guard: Guard,
     scratch: Scratch,
     table: Mutex<ChunkTable>,
     counts: Counts,
@@ -123,7 +126,8 @@ impl DaxWindow {
         give_back(start, head);
         give_back(base.wrapping_add(size as usize), reserved - head - size as usize);
         let table = Mutex::new(ChunkTable::new(size));
-        let window = DaxWindow { base, size, scratch, table, counts: Counts::default() };
+        let guard = Guard::new(base as usize..base as usize + size as usize)?;
+        let window = DaxWindow { base, size, guard, scratch, table, counts: Counts::default() };
         window.punch(window.all(), libc::MAP_FIXED)?;
         Ok(window)
     }
@@ -215,7 +219,11 @@ impl DaxWindow {
 
     /// The counters; takes no lock.
     pub fn counters(&self) -> WindowCounters {
-        WindowCounters { stray_bytes: self.scratch.touched(), ..self.counts.snapshot(self.size) }
+        WindowCounters {
+            stray_bytes: self.scratch.touched(),
+            replaced_pages: self.guard.replaced(),
+            ..self.counts.snapshot(self.size)
+        }
     }
 
     fn all(&self) -> Chunks {
