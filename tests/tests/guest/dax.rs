@@ -74,19 +74,23 @@ fn new_files(scene: &mut Scene) -> Outcome {
     Ok(())
 }
 
-/// No driver does it, but a guest can: the window is a BAR, which sysfs lets the super-user map. What is written where
-/// no file is mapped goes nowhere, and nothing happens to the machine.
+/// No driver does it, but a guest can: the window is a BAR, which sysfs lets the super-user map when no driver has it.
+/// What is written where no file is mapped goes nowhere, and nothing happens to the machine.
 fn touch_unmapped(scene: &mut Scene) -> Outcome {
     let share = format!("{}-never", scene.place);
-    let device = scene.boot.share_tags().position(|tag| tag == share).ok_or("no such share")? + 1;
-    let window = format!("/sys/bus/pci/devices/0000:00:{device:02x}.0/resource2");
+    let number = scene.boot.share_tags().position(|tag| tag == share).ok_or("no such share")?;
+    let device = scene.vm.virtio_fs_devices()?.into_iter().nth(number).ok_or("no such device")?;
+    scene.vm.unbind(&device)?;
+    let sysfs = format!("/sys/bus/pci/devices/{}", device.address);
+    scene.vm.run(Op::WriteText(format!("{sysfs}/enable").into(), "1".into()))?;
     let len = 32 << 20;
-    let map = scene.vm.map(window, 0, len, true)?;
+    let map = scene.vm.map(format!("{sysfs}/resource2"), 0, len, true)?;
     for chunk in 0..len as u64 >> 21 {
         scene.vm.map_write(map, (chunk << 21) + 4096 * chunk, b"stray")?;
     }
     ensure_eq!(scene.vm.map_read(map, 0, 5)?, b"stray".to_vec(), "what was written to a hole");
     scene.vm.run(Op::Unmap(map))?;
+    scene.vm.bind(&device)?;
     // The next mount begins with a clean window, and files are what they were.
     dax_of_big(scene, "-never", "dax=inode", false)?;
     crate::harness::ensure_content(&scene.dir.join("big"), crate::harness::BIG)

@@ -120,8 +120,10 @@ impl PerFileDax {
         }
     }
 
-    /// The reply to all that yields an inode. The client decides here, and only here, whether the inode is DAX.
+    /// The reply to all that yields an inode. The client decides here, and only here, whether the inode is DAX. One that
+    /// does not go by the flag knows a file by one node id alone, however it takes it.
     pub(super) fn entry_out(&self, entry: Entry, dax: bool) -> EntryOut {
+        let dax = dax && self.is_per_file(entry.attr.st_mode);
         let attr = self.attr(entry.attr, dax);
         let nodeid = node_id(entry.inode, dax);
         EntryOut { nodeid, attr, ..EntryOut::from(entry) }

@@ -48,6 +48,25 @@ fn every_reply_says_the_same() {
     }
 }
 
+/// Two ids would be two inodes to the client, each with a size of its own.
+#[test]
+fn a_file_has_one_node_id_however_the_client_comes_to_know_it() {
+    for offer in [PER_FILE, PER_FILE & !init::HAS_INODE_DAX, PER_FILE & !init::MAP_ALIGNMENT, 0] {
+        for policy in [Policy::Always, Policy::Never] {
+            let mut guest = FakeGuest::new(policy.clone());
+            guest.init(offer).unwrap();
+            let (created, _) = guest.create(ROOT, "created", libc::O_RDWR).unwrap();
+            let linked = guest.link(created.nodeid, ROOT, "linked").unwrap();
+            let found = guest.lookup(ROOT, "created").unwrap();
+            assert_eq!(
+                (linked.nodeid, found.nodeid),
+                (created.nodeid, created.nodeid),
+                "{policy} {offer:#x}"
+            );
+        }
+    }
+}
+
 #[test]
 fn without_a_window_nothing_is_dax() {
     let mut guest = FakeGuest::with(|config| config.window_size = 0);
