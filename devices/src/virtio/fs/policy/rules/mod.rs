@@ -146,7 +146,7 @@ impl Rules {
 
     pub(super) fn decide(&self, facts: &FileFacts<'_>, current: Option<bool>) -> Decision {
         let exact = Probe::exact(facts);
-        let rule = self.first(&exact, u32::MAX, |_, conditions| conditions.can_hold(&exact));
+        let rule = self.first(&exact);
         let decided = self.carry_out(rule, facts, current);
         match current {
             Some(current) if current != decided.dax => self.keep(facts, current).unwrap_or(decided),
@@ -156,40 +156,53 @@ impl Rules {
 
     /// The decision that keeps what the file is, if the file is near enough to facts under which a rule would say so.
     fn keep(&self, facts: &FileFacts<'_>, current: bool) -> Option<Decision> {
+        const NONE: u32 = u32::MAX;
         let near = Probe::near(facts);
-        // No rule behind one that matches all that is near has a say.
-        let last = self.first(&near, u32::MAX, |_, conditions| conditions.must_hold(&near));
-        let end = last.map_or(u32::MAX, |last| last + 1);
-        let agrees = |rule| self.carry_out(rule, facts, Some(current)).dax == current;
-        let rule =
-            self.first(&near, end, |rule, conditions| conditions.can_hold(&near) && agrees(Some(rule)));
-        let found = rule.is_some() || last.is_none() && agrees(None);
-        found.then(|| {
-            let mut decision = self.carry_out(rule, facts, Some(current));
-            decision.reason.kept = true;
-            decision
-        })
+        let path = facts.path;
+        let carry_out = |rule| self.carry_out(rule, facts, Some(current));
+        // The first rule that can match something near and agrees, and the first that matches all that is near: no rule
+        // behind that one has a say.
+        let (mut agreeing, mut last) = (NONE, NONE);
+        for bucket in self.index.buckets(path) {
+            for entry in bucket {
+                if entry.rule > agreeing.min(last) {
+                    break;
+                }
+                let conditions = &self.conditions[entry.rule as usize];
+                if !near.passes(entry.size, entry.flags) || !conditions.can_hold(&near) {
+                    continue;
+                }
+                let agrees = entry.rule < agreeing && carry_out(Some(entry.rule)).dax == current;
+                let is_last = entry.rule < last && conditions.must_hold(&near);
+                if (agrees || is_last) && entry.matches(path) {
+                    agreeing = if agrees { entry.rule } else { agreeing };
+                    last = if is_last { entry.rule } else { last };
+                }
+            }
+        }
+        let rule = (agreeing != NONE && agreeing <= last).then_some(agreeing);
+        let mut decision = (rule.is_some() || last == NONE).then(|| carry_out(rule))?;
+        decision.reason.kept = true;
+        (decision.dax == current).then_some(decision)
     }
 
-    /// The first rule before `end` that can match the probe and that meets `test`.
-    fn first(&self, probe: &Probe<'_>, end: u32, test: impl Fn(u32, &Conditions) -> bool) -> Option<u32> {
+    /// The first rule that can match the probe.
+    fn first(&self, probe: &Probe<'_>) -> Option<u32> {
         let path = probe.facts.path;
-        let mut first = end;
+        let mut first = u32::MAX;
         for bucket in self.index.buckets(path) {
             for entry in bucket {
                 if entry.rule >= first {
                     break;
                 }
                 let conditions = &self.conditions[entry.rule as usize];
-                if probe.passes(entry.size, entry.flags)
-                    && test(entry.rule, conditions)
-                    && entry.matches(path)
+                if probe.passes(entry.size, entry.flags) && conditions.can_hold(probe) && entry.matches(path)
                 {
                     first = entry.rule;
                 }
             }
         }
-        (first < end).then_some(first)
+        (first != u32::MAX).then_some(first)
     }
 
     fn carry_out(&self, rule: Option<u32>, facts: &FileFacts<'_>, current: Option<bool>) -> Decision {
