@@ -80,7 +80,7 @@ impl WindowError {
 /// The DAX window of one share.
 ///
 /// All of it is mapped from the start, so that nothing else of the process can ever lie in it: what does not show a file
-/// is a hole, which shows [scratch memory](scratch). Mapping replaces a part of it in place with one system call.
+/// is a hole, which shows scratch memory (`scratch.rs`). Mapping replaces a part of it in place with one system call.
 ///
 /// All queues share the window. One lock covers the system call and the table together, because they must agree when
 /// two queues touch the same chunk. It costs nothing beyond what is there anyway: the host's kernel carries out one
