@@ -10,12 +10,22 @@ mod attributes;
 mod dax;
 #[path = "guest/harness.rs"]
 mod harness;
+#[path = "guest/hints.rs"]
+mod hints;
 #[path = "guest/io.rs"]
 mod io;
 #[path = "guest/lifecycle.rs"]
 mod lifecycle;
 #[path = "guest/machine.rs"]
 mod machine;
+#[path = "guest/negotiation.rs"]
+mod negotiation;
+#[path = "guest/per_file.rs"]
+mod per_file;
+#[path = "guest/per_file_life.rs"]
+mod per_file_life;
+#[path = "guest/per_file_table.rs"]
+mod per_file_table;
 #[path = "guest/pressure.rs"]
 mod pressure;
 #[path = "guest/tree.rs"]
@@ -60,6 +70,18 @@ fn trials(places: &Result<Places, String>) -> Vec<Trial> {
             boot.trials(places, place, place_checks(&boot), &mut trials);
         }
         boot.last_trials(places, lifecycle::last_checks(), &mut trials);
+    }
+    for kernel in KERNELS {
+        for place in harness::PLACES.into_iter().chain(harness::MORE_PLACES) {
+            for (cpus, scope, checks) in [
+                (1, Scope::PerFile(place), per_file::checks()),
+                (4, Scope::PerFileAgain(place), per_file::checks_after_reboot()),
+            ] {
+                let boot = Boot { kernel, cpus, scope };
+                boot.trials(places, place, checks, &mut trials);
+                boot.last_trials(places, per_file::last_checks(place), &mut trials);
+            }
+        }
     }
     for kernel in KERNELS {
         machine::trials(places, kernel, &mut trials);

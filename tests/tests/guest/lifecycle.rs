@@ -9,8 +9,8 @@ use tests::guest::{Access, Op, OpenHow, Verified};
 use tests::vm::{Holdings, Kernel, Share, Vm, WindowCounts};
 
 use crate::harness::{
-    BIG, BIG_SHA256, Checks, LastCheck, Outcome, PLACES, Places, Scene, ensure, ensure_content, ensure_ended,
-    ensure_eq, ensure_errno,
+    BIG, BIG_SHA256, Checks, LastCheck, Ledger, Outcome, PLACES, Places, Scene, ensure, ensure_content,
+    ensure_ended, ensure_eq, ensure_errno,
 };
 
 pub fn checks() -> Checks {
@@ -189,7 +189,7 @@ pub fn unbind_with_mappings_live(kernel: &Kernel, places: &Places) -> Outcome {
 }
 
 /// The share that nobody has used yet: what the device counted is what was done here.
-fn counts_and_power_off(mut vm: Vm, places: &Places) -> Outcome {
+fn counts_and_power_off(mut vm: Vm, places: &Places, _: &Ledger) -> Outcome {
     let chunk = 2 << 20;
     for place in PLACES {
         vm.mount(&format!("{place}-counts"), "/mnt/counts", "dax=always")?;
