@@ -1,7 +1,7 @@
 //! The guest tests: stock kernels under `daxvm`, on a host with KVM.
 //!
 //! They run where `scripts/lab exec` runs programs: there the environment names scratch directories on the file systems
-//! to share from (LAB_EXT4, LAB_TMPFS). Elsewhere every test is skipped and says why. One boot serves many checks, one
+//! to share from (LAB_EXT4, LAB_TMPFS, LAB_XFS). Elsewhere every test is skipped and says why. One boot serves many checks, one
 //! after another; each check is a test of its own, called KERNEL/CPUS/FILE-SYSTEM/CHECK.
 
 #[path = "guest/attributes.rs"]
@@ -14,6 +14,8 @@ mod harness;
 mod hints;
 #[path = "guest/io.rs"]
 mod io;
+#[path = "guest/ledger.rs"]
+mod ledger;
 #[path = "guest/lifecycle.rs"]
 mod lifecycle;
 #[path = "guest/machine.rs"]

@@ -295,11 +295,22 @@ fn changes(scene: &mut Scene, share: &str) -> Outcome {
     })
 }
 
+/// Whether the guest can map a file shared that is not DAX: before Linux 6.6 not in the modes that cache no contents.
+fn maps_without_dax(scene: &Scene, path: &str) -> bool {
+    let is_direct = path.contains("-keep-never") || path.contains("-keep-metadata");
+    !(is_direct && scene.boot.kernel.starts_with("6.1-"))
+}
+
 /// `forgets`: a file that is closed is looked up anew, and so is what it is.
 fn change(scene: &mut Scene, by: By, path: &str, host: &Path, hint: bool, forgets: bool) -> Outcome {
-    let first = match by {
-        By::HostWhileMapped => scene.vm.map(path, 0, 4096, false)?,
-        _ => open(scene, path, OpenHow::default())?.0,
+    let (first, is_mapped) = match by {
+        By::HostWhileMapped if hint && !maps_without_dax(scene, path) => {
+            let mapped = scene.vm.map(path, 0, 4096, false);
+            ensure_errno(mapped, &[Errno::NODEV.raw_os_error()], "a shared mapping without a page cache")?;
+            (open(scene, path, OpenHow::default())?.0, false)
+        }
+        By::HostWhileMapped => (scene.vm.map(path, 0, 4096, false)?, true),
+        _ => (open(scene, path, OpenHow::default())?.0, false),
     };
     ensure_eq!(scene.vm.stat(path)?.dax, !hint, "before the change");
     match by {
@@ -312,10 +323,7 @@ fn change(scene: &mut Scene, by: By, path: &str, host: &Path, hint: bool, forget
     ensure_eq!(scene.vm.stat(path)?.dax, !hint, "while it is open");
     let (second, dax) = open(scene, path, OpenHow { write: true, ..OpenHow::default() })?;
     ensure_eq!(dax, !hint, "opened while it was open");
-    match by {
-        By::HostWhileMapped => scene.vm.run(Op::Unmap(first))?,
-        _ => scene.vm.run(Op::Close(first))?,
-    }
+    scene.vm.run(if is_mapped { Op::Unmap(first) } else { Op::Close(first) })?;
     ensure_eq!(opens_as(scene, path)?, !hint, "opened while the second handle was open");
     scene.vm.run(Op::Close(second))?;
     ensure_eq!(scene.vm.stat(path)?.dax, hint == forgets, "closed, and not opened yet");

@@ -9,9 +9,10 @@ use tests::guest::{Access, Op, OpenHow, Verified};
 use tests::vm::{Holdings, Kernel, Share, Vm, WindowCounts};
 
 use crate::harness::{
-    BIG, BIG_SHA256, Checks, LastCheck, Ledger, Outcome, PLACES, Places, Scene, ensure, ensure_content,
-    ensure_ended, ensure_eq, ensure_errno,
+    BIG, BIG_SHA256, Checks, LastCheck, Outcome, PLACES, Places, Scene, ensure, ensure_content, ensure_ended,
+    ensure_eq, ensure_errno,
 };
+use crate::ledger::Ledger;
 
 pub fn checks() -> Checks {
     vec![

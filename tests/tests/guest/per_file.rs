@@ -14,7 +14,8 @@ use tests::guest::Op;
 use tests::inode_flags::{self, XFLAG_DAX};
 use tests::vm::{Kernel, Share, Vm};
 
-use crate::harness::{Checks, Expected, LastCheck, Ledger, Outcome, Places, ensure, ensure_ended, ensure_eq};
+use crate::harness::{Checks, LastCheck, Outcome, Places, ensure, ensure_ended, ensure_eq};
+use crate::ledger::{Expected, Ledger};
 use crate::{hints, negotiation, per_file_life, per_file_table};
 
 /// The attribute that stands for the flag where a file system has none.
