@@ -2,5 +2,6 @@
 
 pub mod bench;
 pub mod guest;
+pub mod inode_flags;
 pub mod lab;
 pub mod vm;

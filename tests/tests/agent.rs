@@ -12,8 +12,9 @@ use rustix::io::Errno;
 use serde::de::DeserializeOwned;
 use tests::guest::data::Content;
 use tests::guest::{
-    Access, Bytes, Data, Digest, DirectRead, FallocateHow, GuestPath, Line, LockKind, Map, Op, OpenHow,
-    Random, Reply, Sha256, SmallFiles, SmallFilesPhase, Stat, Verified, Verify, Write, read_line, write_line,
+    Access, Bytes, Data, Digest, DirectRead, FallocateHow, GuestPath, Known, Line, LockKind, MakeKnown, Map,
+    Op, OpenHow, OpenLoop, Opened, Random, Reply, Sha256, SmallFiles, SmallFilesPhase, Stat, Verified,
+    Verify, Way, Write, read_line, write_line,
 };
 
 type Outcome = Result<(), Box<dyn Error>>;
@@ -280,5 +281,74 @@ fn a_program_runs_and_answers() -> Outcome {
         agent.call(Op::Command(argv, "@{\"Echo\":\"inner\"}\n".into()))?;
     assert_eq!((output.status, output.stdout.as_str()), (Some(0), "@{\"Ok\":\"inner\"}\n"));
     assert!(agent.reply(&Op::Command(vec!["/no/such/program".into()], String::new()))?.is_err());
+    Ok(())
+}
+
+#[test]
+fn files_become_known_in_every_way() -> Outcome {
+    let (mut agent, dir) = (Agent::start()?, tempfile::tempdir()?);
+    let sizes = vec![0, 1, (4 << 20) + 1];
+    for way in [Way::Create, Way::LookUp, Way::Listing, Way::Link, Way::Unnamed] {
+        match way {
+            Way::LookUp | Way::Listing => {}
+            _ => sizes.iter().try_for_each(|size| remove_if_there(&dir.path().join(size.to_string())))?,
+        }
+        for size in &sizes {
+            fs::File::create(dir.path().join(format!("first-{size}")))?.set_len(*size)?;
+        }
+        let ask = MakeKnown { dir: dir.path().into(), sizes: sizes.clone(), way };
+        let known: Vec<Known> = agent.call(Op::MakeKnown(ask))?;
+        assert_eq!(known, [Known { known: false, opened: false, errno: 0 }; 3], "{way:?}");
+    }
+    assert_eq!(fs::metadata(dir.path().join("1"))?.len(), 1);
+    // One that is not what its name says.
+    fs::write(dir.path().join("7"), b"12345678")?;
+    let ask = MakeKnown { dir: dir.path().into(), sizes: vec![7], way: Way::LookUp };
+    assert!(agent.reply(&Op::MakeKnown(ask))?.is_err());
+    Ok(())
+}
+
+fn remove_if_there(path: &Path) -> std::io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+#[test]
+fn files_are_opened_in_a_row() -> Outcome {
+    let (mut agent, dir) = (Agent::start()?, tempfile::tempdir()?);
+    let path = dir.path().join("file");
+    CONTENT.write_to(&path)?;
+    let ask = OpenLoop { files: vec![(GuestPath::from(&path), CONTENT)], threads: 2, millis: 20 };
+    let opened: Opened = agent.call(Op::OpenLoop(ask.clone()))?;
+    assert!(opened.opens >= 2 && (opened.dax, opened.changes) == (0, 0), "{opened:?}");
+    fs::File::options().write(true).open(&path)?.write_at(b"another", 0)?;
+    assert!(agent.reply(&Op::OpenLoop(ask))?.is_err());
+
+    let seen: Vec<(u64, bool)> = agent.call(Op::AppendSteps(GuestPath::from(&path), 10, 3))?;
+    assert_eq!(seen, [(CONTENT.len, false)]);
+    assert_eq!(fs::metadata(&path)?.len(), CONTENT.len + 30);
+    Ok(())
+}
+
+/// On whatever file system the temporary directory is: the agent sees and sets what this program does.
+#[test]
+fn flags_are_those_of_the_file_system() -> Outcome {
+    let (mut agent, dir) = (Agent::start()?, tempfile::tempdir()?);
+    const NO_DUMP: u32 = 0x40;
+    let Ok(before) = tests::inode_flags::get(dir.path()) else {
+        println!("skipped: the temporary directory's file system has no flags");
+        return Ok(());
+    };
+    assert_eq!(agent.call::<u32>(Op::Flags(dir.path().into()))?, before);
+    agent.call::<()>(Op::SetFlags(dir.path().into(), before | NO_DUMP))?;
+    assert_eq!(tests::inode_flags::get(dir.path())?, before | NO_DUMP);
+    let attributes = tests::inode_flags::get_extended(dir.path())?;
+    assert_eq!(agent.call::<tests::inode_flags::Extended>(Op::Extended(dir.path().into()))?, attributes);
+    assert_ne!(attributes.xflags & 0x80, 0, "FS_XFLAG_NODUMP");
+    let without = tests::inode_flags::Extended { xflags: attributes.xflags & !0x80, ..attributes };
+    agent.call::<()>(Op::SetExtended(dir.path().into(), without))?;
+    assert_eq!(tests::inode_flags::get(dir.path())?, before);
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! The guest tests: stock kernels under `daxvm`, on a host with KVM.
 //!
 //! They run where `scripts/lab exec` runs programs: there the environment names scratch directories on the file systems
-//! to share from (LAB_EXT4, LAB_TMPFS). Elsewhere every test is skipped and says why. One boot serves many checks, one
+//! to share from (LAB_EXT4, LAB_TMPFS, LAB_XFS). Elsewhere every test is skipped and says why. One boot serves many checks, one
 //! after another; each check is a test of its own, called KERNEL/CPUS/FILE-SYSTEM/CHECK.
 
 #[path = "guest/attributes.rs"]
@@ -10,12 +10,24 @@ mod attributes;
 mod dax;
 #[path = "guest/harness.rs"]
 mod harness;
+#[path = "guest/hints.rs"]
+mod hints;
 #[path = "guest/io.rs"]
 mod io;
+#[path = "guest/ledger.rs"]
+mod ledger;
 #[path = "guest/lifecycle.rs"]
 mod lifecycle;
 #[path = "guest/machine.rs"]
 mod machine;
+#[path = "guest/negotiation.rs"]
+mod negotiation;
+#[path = "guest/per_file.rs"]
+mod per_file;
+#[path = "guest/per_file_life.rs"]
+mod per_file_life;
+#[path = "guest/per_file_table.rs"]
+mod per_file_table;
 #[path = "guest/pressure.rs"]
 mod pressure;
 #[path = "guest/tree.rs"]
@@ -65,6 +77,18 @@ fn trials(places: &Result<Places, String>) -> Vec<Trial> {
         let boot = Boot { kernel, cpus: 1, scope: Scope::Long };
         for place in harness::PLACES {
             boot.trials(places, place, tree::long_checks(), &mut trials);
+        }
+    }
+    for kernel in KERNELS {
+        for place in harness::PLACES.into_iter().chain(harness::MORE_PLACES) {
+            for (cpus, scope, checks) in [
+                (1, Scope::PerFile(place), per_file::checks()),
+                (4, Scope::PerFileAgain(place), per_file::checks_after_reboot()),
+            ] {
+                let boot = Boot { kernel, cpus, scope };
+                boot.trials(places, place, checks, &mut trials);
+                boot.last_trials(places, per_file::last_checks(place), &mut trials);
+            }
         }
     }
     for kernel in KERNELS {

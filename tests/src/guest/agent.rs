@@ -6,7 +6,7 @@ use std::io::{self, BufRead};
 
 use serde::Serialize;
 
-use super::ops::{Mapping, files, maps, read, small, system, write};
+use super::ops::{Mapping, files, maps, per_file, read, small, system, write};
 use super::wire::{Line, read_line};
 use super::{End, Failure, Op, Reply};
 
@@ -66,6 +66,9 @@ impl Agent {
             Op::Mount(mount) => done(system::mount(&mount)),
             Op::Umount(target, lazy) => done(system::umount(&target, lazy)),
             Op::SmallFiles(work) => done(small::small_files(&work)),
+            Op::MakeKnown(ask) => done(per_file::make_known(&ask)),
+            Op::AppendSteps(path, step, count) => done(per_file::append_steps(&path, step, count)),
+            Op::OpenLoop(ask) => done(per_file::open_loop(&ask)),
             Op::Sha256(request) => done(read::sha256(&request)),
             Op::Verify(request) => done(read::verify(&request)),
             Op::ReadBytes(path, offset, len) => done(read::read_bytes(&path, offset, len)),
@@ -74,6 +77,7 @@ impl Agent {
             Op::ReadAt(id, offset, len) => done(read::read_at(self.file(id)?, offset, len)),
             Op::WriteAt(id, offset, bytes) => done(write::write_at(self.file(id)?, offset, &bytes.0)),
             Op::StatHandle(id) => done(files::stat_handle(self.file(id)?)),
+            Op::LinkHandle(id, path) => done(per_file::link_handle(self.file(id)?, &path)),
             Op::TryLock(id, kind) => done(files::try_lock(self.file(id)?, kind)),
             Op::Unlock(id, kind) => done(files::unlock(self.file(id)?, kind)),
             Op::Close(id) => done(self.files.remove(&id).map(drop).ok_or_else(|| unknown(id))),

@@ -8,11 +8,13 @@ pub mod data;
 mod init;
 mod name;
 mod ops;
+mod per_file;
 mod proto;
 mod wire;
 
 pub use agent::Agent;
 pub use init::init;
 pub use name::{Bytes, GuestPath};
+pub use per_file::*;
 pub use proto::*;
 pub use wire::{INIT, Line, READY, read_line, write_line};

@@ -6,7 +6,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::data::{Content, word};
-use super::{Bytes, GuestPath};
+use super::{Bytes, GuestPath, MakeKnown, OpenLoop};
+use crate::inode_flags::Extended;
 
 /// A reply: the op's own type in JSON, or why there is none.
 pub type Reply = Result<Value, Failure>;
@@ -83,6 +84,21 @@ pub enum Op {
     ListXattr(GuestPath),
     /// Removes an extended attribute.
     RemoveXattr(GuestPath, String),
+    /// The flags of a file or directory (FS_IOC_GETFLAGS). -> `u32`
+    Flags(GuestPath),
+    /// Sets the flags (FS_IOC_SETFLAGS).
+    SetFlags(GuestPath, u32),
+    /// The extended attributes (FS_IOC_FSGETXATTR). -> [`Extended`]
+    Extended(GuestPath),
+    /// Sets the extended attributes (FS_IOC_FSSETXATTR).
+    SetExtended(GuestPath, Extended),
+    /// Has the kernel get to know files. -> `Vec<Known>`
+    MakeKnown(MakeKnown),
+    /// Opens a file and appends so many bytes, so many times. -> `Vec<(u64, bool)>`: sizes at which STATX_ATTR_DAX changed
+    /// and what it was from then on, the first open being the first
+    AppendSteps(GuestPath, usize, u32),
+    /// Opens, reads and closes files for some time. -> [`Opened`]
+    OpenLoop(OpenLoop),
     /// One phase of work on many small files. -> `u64`, microseconds
     SmallFiles(SmallFiles),
 
@@ -103,6 +119,8 @@ pub enum Op {
     WriteAt(u32, u64, Bytes),
     /// What statx says of a handle. -> [`Stat`]
     StatHandle(u32),
+    /// Gives a name to what a handle stands for: linkat(2) by /proc.
+    LinkHandle(u32, GuestPath),
     /// Tries to lock a whole file. -> `bool`, false if someone else has it
     TryLock(u32, LockKind),
     /// Gives the lock back.

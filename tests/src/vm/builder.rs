@@ -35,9 +35,14 @@ impl Share {
         self.with(&format!("window={size}"))
     }
 
-    /// Its policy: `always`, `never`.
+    /// Its policy: `always`, `size:64K`, or a rule file.
     pub fn dax(self, policy: &str) -> Share {
         self.with(&format!("dax={policy}"))
+    }
+
+    /// What the guest may keep: `never`, `auto`, `metadata`, `always`.
+    pub fn cache(self, mode: &str) -> Share {
+        self.with(&format!("cache={mode}"))
     }
 
     /// Refuses every change.

@@ -17,19 +17,24 @@ use super::VmError;
 /// Modules that a guest with virtio-fs on PCI needs, where they are not built in.
 const MODULES: [&str; 2] = ["virtio_pci", "virtiofs"];
 
+/// What an initramfs is made of: the kernel's directory, and the modules.
+type Contents = (PathBuf, Vec<&'static str>);
+
 /// A guest kernel as `scripts/fetch-kernel` leaves it.
 #[derive(Clone, Debug)]
 pub struct Kernel {
     name: String,
     dir: PathBuf,
     elf: bool,
+    modules: Vec<&'static str>,
 }
 
 impl Kernel {
     /// Finds a kernel by the name of its directory.
     pub fn find(name: &str) -> Result<Kernel, VmError> {
         let kernels = env::var_os("KERNELS").map_or_else(|| in_target("kernels"), PathBuf::from);
-        let kernel = Kernel { name: name.to_owned(), dir: kernels.join(name), elf: false };
+        let kernel =
+            Kernel { name: name.to_owned(), dir: kernels.join(name), elf: false, modules: MODULES.to_vec() };
         let path = kernel.image();
         match fs::metadata(&path) {
             Ok(_) => Ok(kernel),
@@ -40,6 +45,12 @@ impl Kernel {
     /// The same kernel as an uncompressed ELF file.
     pub fn elf(self) -> Kernel {
         Kernel { elf: true, ..self }
+    }
+
+    /// With one more module that is loaded at boot.
+    pub fn module(mut self, name: &'static str) -> Kernel {
+        self.modules.push(name);
+        self
     }
 
     /// Its name.
@@ -54,16 +65,17 @@ impl Kernel {
 
     /// The initramfs for it: the agent as init, and modules as the kernel needs them. Made once a process.
     pub fn initrd(&self) -> Result<PathBuf, VmError> {
-        static MADE: Mutex<Option<HashMap<PathBuf, NamedTempFile>>> = Mutex::new(None);
+        static MADE: Mutex<Option<HashMap<Contents, NamedTempFile>>> = Mutex::new(None);
         let mut made = MADE.lock().unwrap_or_else(PoisonError::into_inner);
         let made = made.get_or_insert_default();
-        if let Some(file) = made.get(&self.dir) {
+        let key = (self.dir.clone(), self.modules.clone());
+        if let Some(file) = made.get(&key) {
             return Ok(file.path().to_owned());
         }
         let bytes = self.build_initrd().map_err(VmError::Initramfs)?;
         let file = NamedTempFile::new_in(scratch()).map_err(VmError::system("a temporary file"))?;
         fs::write(file.path(), bytes).map_err(VmError::system("writing the initramfs"))?;
-        Ok(made.entry(self.dir.clone()).or_insert(file).path().to_owned())
+        Ok(made.entry(key).or_insert(file).path().to_owned())
     }
 
     fn build_initrd(&self) -> Result<Vec<u8>, Box<dyn std::error::Error + Send + Sync>> {
@@ -71,7 +83,7 @@ impl Kernel {
         archive.host_file("init", 0o755, &guest_init()?)?;
         archive.device("dev/console", 0o600, 5, 1)?;
         let mut order = String::new();
-        for module in ModuleTree::open(&self.dir.join("modules"))?.resolve(&MODULES)? {
+        for module in ModuleTree::open(&self.dir.join("modules"))?.resolve(&self.modules)? {
             let file = format!("{}.ko", module.name);
             archive.file(&format!("modules/{file}"), 0o644, &module.bytes)?;
             order += &(file + "\n");

@@ -32,5 +32,5 @@ pub use builder::{Share, VmBuilder, daxvm};
 pub use error::VmError;
 pub use host::{Holdings, HostProcess};
 pub use kernel::{Kernel, guest_init, in_target, scratch};
-pub use report::{Report, WindowCounts};
+pub use report::{DaxCounts, Report, WindowCounts};
 pub use running::{Ended, Vm};

@@ -15,6 +15,9 @@ use tests::guest::Op;
 use tests::guest::data::Content;
 use tests::vm::{Ended, Kernel, Share, Vm, VmError};
 
+use crate::ledger::{Expected, Ledger};
+use crate::per_file;
+
 /// What a check comes to.
 pub type Outcome = Result<(), Box<dyn Error>>;
 /// A check on a file system of a guest.
@@ -22,10 +25,13 @@ pub type Check = fn(&mut Scene) -> Outcome;
 /// Checks by name.
 pub type Checks = Vec<(&'static str, Check)>;
 /// A check that takes the guest with it.
-pub type LastCheck = fn(Vm, &Places) -> Outcome;
+pub type LastCheck = fn(Vm, &Places, &Ledger) -> Outcome;
 
 /// The file systems shared from, as the lab names them.
 pub const PLACES: [&str; 2] = ["ext4", "tmpfs"];
+
+/// Those that only per-file DAX is checked on, as it depends on what a file system stores.
+pub const MORE_PLACES: [&str; 1] = ["xfs"];
 
 /// The shares of each file system, by what follows its name in their tags. Nobody but the last check of a boot uses
 /// `-counts`.
@@ -83,6 +89,10 @@ pub enum Scope {
     Light,
     /// What takes long.
     Long,
+    /// Per-file DAX on one file system, with shares of its own.
+    PerFile(&'static str),
+    /// What is left of that after a reboot.
+    PerFileAgain(&'static str),
 }
 
 /// The scratch directories, one a file system.
@@ -104,7 +114,7 @@ impl Places {
             let dir = tempfile::Builder::new().prefix("guest-").tempdir_in(&dir);
             dir.map(|dir| (name, dir)).map_err(|error| format!("{variable}: {error}"))
         };
-        Ok(Places(Arc::new(PLACES.into_iter().map(make).collect::<Result<_, String>>()?)))
+        Ok(Places(Arc::new(PLACES.into_iter().chain(MORE_PLACES).map(make).collect::<Result<_, String>>()?)))
     }
 
     /// A file system's directory.
@@ -117,7 +127,7 @@ impl Places {
     fn prepare(&self) -> io::Result<()> {
         static PREPARED: OnceLock<Result<(), String>> = OnceLock::new();
         let prepare = || {
-            for (_, dir) in self.0.iter() {
+            for (_, dir) in self.0.iter().filter(|(place, _)| PLACES.contains(place)) {
                 for share in ["main", "counts"] {
                     fs::create_dir(dir.path().join(share))?;
                     BIG.write_to(&dir.path().join(share).join("big"))?;
@@ -150,7 +160,13 @@ pub struct Boot {
 }
 
 /// The guest that runs at the moment. Only one does: hosts may be small.
-static CURRENT: Mutex<Option<(Boot, Option<Vm>)>> = Mutex::new(None);
+static CURRENT: Mutex<Option<Running>> = Mutex::new(None);
+
+struct Running {
+    boot: Boot,
+    vm: Option<Vm>,
+    ledger: Ledger,
+}
 
 /// Ends the guest that runs at the moment, if any.
 pub fn end_current() {
@@ -162,7 +178,7 @@ impl Boot {
         let kernel = self.kernel.trim_end_matches("-cloud");
         match self.scope {
             Scope::Long => format!("{kernel}/long/{check}"),
-            Scope::Full | Scope::Light => format!("{kernel}/{}cpu/{check}", self.cpus),
+            _ => format!("{kernel}/{}cpu/{check}", self.cpus),
         }
     }
 
@@ -175,12 +191,14 @@ impl Boot {
         trials: &mut Vec<Trial>,
     ) {
         for (name, check) in checks {
-            let name = self.name(format_args!("{place}/{name}"));
+            let per_file = matches!(self.scope, Scope::PerFile(_) | Scope::PerFileAgain(_));
+            let part = if per_file { "per-file/" } else { "" };
+            let name = self.name(format_args!("{place}/{part}{name}"));
             let mine = name.clone();
             trials.push(trial(name, places, move |places| {
-                self.with_guest(places, |vm| {
-                    let mut scene =
-                        Scene { vm, boot: self, place, dir: places.dir(place).join("main"), mounts: 0 };
+                self.with_guest(places, |vm, ledger| {
+                    let dir = places.dir(place).join(self.dir_of(""));
+                    let mut scene = Scene { vm, boot: self, place, dir, mounts: 0, ledger };
                     let outcome = check(&mut scene);
                     // Whatever the next check does should not depend on where this one stopped.
                     outcome.map_err(|error| format!("{mine}: {error}").into())
@@ -198,10 +216,10 @@ impl Boot {
     ) {
         for (name, check) in checks {
             trials.push(trial(self.name(name), places, move |places| {
-                self.with_guest(places, |_| Ok(()))?;
+                self.with_guest(places, |_, _| Ok(()))?;
                 let taken = CURRENT.lock().unwrap_or_else(PoisonError::into_inner).take();
                 match taken {
-                    Some((_, Some(vm))) => check(vm, places),
+                    Some(Running { vm: Some(vm), ledger, .. }) => check(vm, places, &ledger),
                     _ => Err("the guest is gone".into()),
                 }
             }));
@@ -209,21 +227,32 @@ impl Boot {
     }
 
     /// Runs something in this boot's guest, which is booted if it does not run yet.
-    fn with_guest(self, places: &Places, work: impl FnOnce(&mut Vm) -> Outcome) -> Outcome {
+    fn with_guest(self, places: &Places, work: impl FnOnce(&mut Vm, &mut Ledger) -> Outcome) -> Outcome {
         let mut current = CURRENT.lock().unwrap_or_else(PoisonError::into_inner);
-        if current.as_ref().is_none_or(|(boot, _)| *boot != self) {
+        if current.as_ref().is_none_or(|running| running.boot != self) {
             // The old one first: two would not fit everywhere.
             current.take();
-            *current = Some((self, None));
-            *current = Some((self, Some(self.start(places)?)));
+            let running = current.insert(Running { boot: self, vm: None, ledger: Ledger::new() });
+            running.vm = Some(self.start(places)?);
         }
-        let Some((_, Some(vm))) = current.as_mut() else {
+        let Some(Running { vm: Some(vm), ledger, .. }) = current.as_mut() else {
             return Err("this boot's guest never came up: see the first check that failed".into());
         };
         if vm.is_lost() {
             return Err("this boot's guest is gone: see the check that lost it".into());
         }
-        work(vm)
+        work(vm, ledger)
+    }
+
+    /// The directory of a share, relative to that of its file system.
+    fn dir_of(self, suffix: &str) -> PathBuf {
+        match self.scope {
+            Scope::PerFile(_) | Scope::PerFileAgain(_) => {
+                Path::new("per-file").join(suffix.trim_start_matches('-'))
+            }
+            _ if suffix == "-counts" => "counts".into(),
+            _ => "main".into(),
+        }
     }
 
     /// The tags of the shares, in the order of their devices.
@@ -232,11 +261,21 @@ impl Boot {
     }
 
     fn start(self, places: &Places) -> Result<Vm, Box<dyn Error>> {
+        let kernel = Kernel::find(self.kernel)?;
+        match self.scope {
+            Scope::PerFile(place) => {
+                return per_file::first_boot(kernel, self.cpus, place, places.dir(place));
+            }
+            Scope::PerFileAgain(place) => {
+                return per_file::second_boot(kernel, self.cpus, place, places.dir(place));
+            }
+            Scope::Full | Scope::Light | Scope::Long => {}
+        }
         places.prepare()?;
-        let mut builder = Vm::builder(&Kernel::find(self.kernel)?).cpus(self.cpus).memory("512M");
+        let mut builder = Vm::builder(&kernel).cpus(self.cpus).memory("512M");
         for place in PLACES {
             for suffix in SHARES {
-                let dir = places.dir(place).join(if suffix == "-counts" { "counts" } else { "main" });
+                let dir = places.dir(place).join(self.dir_of(suffix));
                 let share = Share::new(&format!("{place}{suffix}"), dir);
                 builder = builder.share(match suffix {
                     "-small" => share.window("32M").dax("always"),
@@ -283,6 +322,7 @@ pub struct Scene<'a> {
     /// The shared directory on the host.
     pub dir: PathBuf,
     mounts: u32,
+    ledger: &'a mut Ledger,
 }
 
 impl Scene<'_> {
@@ -305,6 +345,16 @@ impl Scene<'_> {
                 Err(error)
             }
         }
+    }
+
+    /// The directory of a share on the host.
+    pub fn share_dir(&self, suffix: &str) -> PathBuf {
+        self.dir.join(suffix.trim_start_matches('-'))
+    }
+
+    /// What the device should have counted about a share in the end; checks add what they expect.
+    pub fn expect(&mut self, suffix: &str) -> &mut Expected {
+        self.ledger.entry(format!("{}{suffix}", self.place)).or_default()
     }
 
     /// A directory for one check, in the share: its name, empty on the host.

@@ -12,6 +12,7 @@ use crate::harness::{
     BIG, BIG_SHA256, Checks, LastCheck, Outcome, PLACES, Places, Scene, ensure, ensure_content, ensure_ended,
     ensure_eq, ensure_errno,
 };
+use crate::ledger::Ledger;
 
 pub fn checks() -> Checks {
     vec![
@@ -189,7 +190,7 @@ pub fn unbind_with_mappings_live(kernel: &Kernel, places: &Places) -> Outcome {
 }
 
 /// The share that nobody has used yet: what the device counted is what was done here.
-fn counts_and_power_off(mut vm: Vm, places: &Places) -> Outcome {
+fn counts_and_power_off(mut vm: Vm, places: &Places, _: &Ledger) -> Outcome {
     let chunk = 2 << 20;
     for place in PLACES {
         vm.mount(&format!("{place}-counts"), "/mnt/counts", "dax=always")?;

@@ -131,8 +131,9 @@ impl FileSystemDevice {
             Ok(root) => root,
             Err(source) => return Err(FileSystemError::Path { path, source }),
         };
-        let counts = Arc::new(Counts::new());
+        let (tag, counts) = (Arc::<str>::from(tag), Arc::new(Counts::new()));
         let server = ServerConfig {
+            tag: Arc::clone(&tag),
             root,
             read_only,
             policy,
@@ -146,7 +147,7 @@ impl FileSystemDevice {
         };
         let mut queue_sizes = vec![REQUEST_QUEUE_SIZE; usize::from(request_queues) + 1];
         queue_sizes[0] = HIPRIO_QUEUE_SIZE;
-        Ok(FileSystemDevice { tag: tag.into(), server, window, counts, queue_sizes, workers: Vec::new() })
+        Ok(FileSystemDevice { tag, server, window, counts, queue_sizes, workers: Vec::new() })
     }
 
     /// A handle to the share's counters, which may outlive the device.

@@ -11,6 +11,7 @@ use rustix::io::Errno;
 
 use crate::guest::agent::done;
 use crate::guest::{Bytes, Failure, FallocateHow, GuestPath, LockKind, Op, OpenHow, RenameHow, Reply, Stat};
+use crate::inode_flags;
 
 /// The operations that need nothing but their paths.
 pub fn perform(op: Op) -> Reply {
@@ -50,6 +51,12 @@ pub fn perform(op: Op) -> Reply {
         Op::ListXattr(path) => done(list_xattr(&path)),
         Op::RemoveXattr(path, name) => {
             done(rustix::fs::lremovexattr(path.as_path(), &name).map_err(Failure::from))
+        }
+        Op::Flags(path) => done(inode_flags::get(path.as_path()).map_err(Failure::from)),
+        Op::SetFlags(path, flags) => done(inode_flags::set(path.as_path(), flags).map_err(Failure::from)),
+        Op::Extended(path) => done(inode_flags::get_extended(path.as_path()).map_err(Failure::from)),
+        Op::SetExtended(path, attributes) => {
+            done(inode_flags::set_extended(path.as_path(), attributes).map_err(Failure::from))
         }
         other => Err(Failure::new(format!("no operation on paths: {other:?}"))),
     }

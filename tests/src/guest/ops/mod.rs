@@ -2,6 +2,7 @@
 
 pub(super) mod files;
 pub(super) mod maps;
+pub(super) mod per_file;
 pub(super) mod read;
 pub(super) mod small;
 pub(super) mod system;

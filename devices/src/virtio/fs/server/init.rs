@@ -1,6 +1,7 @@
 //! The start and the end of a session: INIT, where client and server agree on what they use, and DESTROY.
 
 use std::io;
+use std::sync::atomic::Ordering::Relaxed;
 
 use fuse_backend_rs::abi::fuse_abi::{InitIn, InitIn2, InitOut, KERNEL_VERSION};
 use fuse_backend_rs::api::filesystem::{FileSystem, FsOptions};
@@ -58,8 +59,9 @@ impl Server {
         self.fs.init(FsOptions::from_bits_truncate(used))?;
         self.dax.set_client(client);
         tracing::debug!(minor = offer.minor, ?client, offered, used, "a client has mounted the share");
-        if let Some(reason) = client.why_off(offered).filter(|_| self.window.is_some()) {
-            tracing::warn!("no file of this share can be DAX, though it has a window: {reason}");
+        if let Some(reason) = self.why_unused(client, offered) {
+            let share = &*self.tag;
+            tracing::warn!(share, "no file of this share can be DAX, though it has a window: {reason}");
         }
 
         reply.object(&InitOut {
@@ -78,9 +80,33 @@ impl Server {
         })
     }
 
+    /// Why nobody uses the share's window, if a client that offers these flags does not. Said once: who mounts the share
+    /// again so, does it on purpose.
+    fn why_unused(&self, client: ClientDax, offered: u64) -> Option<&'static str> {
+        self.window.as_ref()?;
+        let reason = client.why_off(offered)?;
+        (!self.has_warned.swap(true, Relaxed)).then_some(reason)
+    }
+
     /// Ends a session. The client has sent no REMOVEMAPPING and no FORGET for what it still had.
     pub(super) fn destroy(&self, reply: &mut Reply<'_>) -> io::Result<u32> {
         self.end_session();
         reply.empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::virtio::fs::policy::Policy;
+    use crate::virtio::fs::testing::FakeGuest;
+
+    #[test]
+    fn that_the_window_is_of_no_use_is_said_once() {
+        let guest = FakeGuest::mounted(Policy::Inode);
+        let server = &guest.device.server;
+        assert_eq!(server.why_unused(ClientDax::PerFile, 0), None);
+        assert!(server.why_unused(ClientDax::Off, 0).is_some_and(|reason| reason.contains("dax=never")));
+        assert_eq!(server.why_unused(ClientDax::Off, 0), None);
     }
 }

@@ -23,6 +23,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use fuse_backend_rs::api::filesystem::Context;
 use fuse_backend_rs::passthrough::{CachePolicy, Config, PassthroughFs};
@@ -44,6 +45,8 @@ use crate::virtio::worker::ChainError;
 
 /// What a server serves.
 pub(super) struct ServerConfig {
+    /// The share's name in messages.
+    pub(super) tag: Arc<str>,
     /// The shared directory, opened with O_PATH.
     pub(super) root: File,
     /// Whether the guest may change nothing.
@@ -60,6 +63,7 @@ pub(super) struct ServerConfig {
 
 /// The server of one share; all queues use it at once.
 pub(super) struct Server {
+    tag: Arc<str>,
     fs: Files,
     dax: PerFileDax,
     window: Option<Arc<DaxWindow>>,
@@ -71,6 +75,8 @@ pub(super) struct Server {
     read_only: bool,
     /// Whether files can be created in the name of the guest's users.
     privileged: bool,
+    /// Whether it was said that nobody uses the window.
+    has_warned: AtomicBool,
     counts: Arc<Counts>,
 }
 
@@ -80,7 +86,7 @@ impl Server {
     /// # Errors
     /// What the host says of the directory or of /proc.
     pub(super) fn new(config: ServerConfig) -> io::Result<Server> {
-        let ServerConfig { root, read_only, policy, cache, window, counts } = config;
+        let ServerConfig { tag, root, read_only, policy, cache, window, counts } = config;
         let fs = PassthroughFs::new(Config {
             // The final dot makes it the directory and not the link in /proc, which the library would not follow.
             root_dir: format!("/proc/self/fd/{}/.", root.as_raw_fd()),
@@ -99,6 +105,7 @@ impl Server {
         let privileged = unsafe { libc::geteuid() } == 0;
         let dax = PerFileDax::new(policy);
         Ok(Server {
+            tag,
             fs: Files::new(fs, cache.timeout()),
             dax,
             window,
@@ -108,6 +115,7 @@ impl Server {
             cache,
             read_only,
             privileged,
+            has_warned: AtomicBool::new(false),
             counts,
         })
     }
