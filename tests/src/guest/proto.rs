@@ -97,7 +97,7 @@ pub enum Op {
     /// Opens a file and appends so many bytes, so many times. -> `Vec<(u64, bool)>`: sizes at which STATX_ATTR_DAX changed
     /// and what it was from then on, the first open being the first
     AppendSteps(GuestPath, usize, u32),
-    /// Opens, reads and closes files for some time. -> [`Opened`]
+    /// Opens, reads and closes files for some time. -> [`super::Opened`]
     OpenLoop(OpenLoop),
     /// One phase of work on many small files. -> `u64`, microseconds
     SmallFiles(SmallFiles),

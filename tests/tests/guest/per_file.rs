@@ -196,6 +196,7 @@ fn counts(mut vm: Vm, _: &Places, ledger: &Ledger) -> Outcome {
             denied: Some(dax.dax_denied),
             reincarnations: Some(dax.reincarnations),
             hint_queries: Some(dax.hint_queries),
+            saved_queries: 0,
         };
         if !expected.allows(&found) {
             wrong.push(format!("{tag}: {found:?}, expected {expected:?}"));

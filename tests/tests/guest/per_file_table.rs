@@ -194,6 +194,9 @@ fn expect(scene: &mut Scene, share: &str, options: &str, size: u64, marked: bool
                     },
                 );
             }
+            // Nothing changes these between their last look-up and their open.
+            let rests = way == Way::Unnamed || way == Way::Create && size == 0;
+            counts.saved_queries += u64::from(rests && asks_for_hints(share));
             // The directory's.
             add(&mut counts.hint_queries, u64::from(inherits_here));
             Known { known, opened, errno: 0 }
