@@ -36,7 +36,13 @@ pub fn bars(file: &Path, title: &str, rows: &[Row]) -> Result<(), Box<dyn Error>
             SegmentValue::CenterOf(index) => group.get(*index).map_or("", |row| &row.subject).to_owned(),
             _ => String::new(),
         };
-        chart.configure_mesh().disable_x_mesh().x_labels(group.len()).x_label_formatter(&name).draw()?;
+        chart
+            .configure_mesh()
+            .disable_x_mesh()
+            .max_light_lines(1)
+            .x_labels(group.len())
+            .x_label_formatter(&name)
+            .draw()?;
         chart.draw_series(group.iter().enumerate().map(|(index, row)| {
             let (left, right) = (SegmentValue::Exact(index), SegmentValue::Exact(index + 1));
             let mut bar = Rectangle::new([(left, 0.0), (right, row.median)], BLUE.mix(0.6).filled());
