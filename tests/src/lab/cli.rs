@@ -28,7 +28,8 @@ const GRACE: Duration = Duration::from_secs(5);
 /// A real KVM host on any machine: this one where it has hardware KVM, else an emulated one.
 ///
 /// Commands find this machine's files, /dev/kvm, and a scratch directory on each of ext4, xfs and tmpfs, named by LAB_EXT4,
-/// LAB_XFS and LAB_TMPFS. The scratch directories are empty after each `up`. LAB_MODE=direct|qemu overrides the choice, LAB_CPUS=N the one CPU of an emulated host.
+/// LAB_XFS and LAB_TMPFS. The scratch directories are empty after each `up`. LAB_MODE=direct|qemu overrides the choice,
+/// LAB_CPUS=N the one CPU of an emulated host.
 #[derive(Parser)]
 #[command(name = "lab")]
 struct Cli {

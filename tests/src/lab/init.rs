@@ -194,7 +194,7 @@ fn check_kvm() -> Result<(), InitError> {
     let parameter = "/sys/module/kvm_amd/parameters/npt";
     let npt = at(format!("Could not read {parameter}"), fs::read_to_string(parameter))?;
     if !matches!(npt.trim(), "Y" | "1") {
-        return at("KVM has no nested paging: is QEMU 7.2 or newer?", Err(io::Error::other(npt)));
+        return at("KVM has no nested paging: is QEMU 10 or newer?", Err(io::Error::other(npt)));
     }
     std::mem::forget(at("KVM_CREATE_VM failed", direct::create_vm())?);
     Ok(())
