@@ -101,10 +101,7 @@ impl Server {
             return Ok(());
         }
         let mut killed = *stat;
-        killed.st_mode &= !libc::S_ISUID;
-        if killed.st_mode & libc::S_IXGRP != 0 {
-            killed.st_mode &= !libc::S_ISGID;
-        }
+        killed.st_mode = without_set_id(stat.st_mode);
         self.fs.setattr(context, nodeid, killed, None, SetattrValid::MODE).map(drop)
     }
 
@@ -151,6 +148,12 @@ impl FsCacheReqHandler for Mapper {
     fn unmap(&mut self, _requests: Vec<RemovemappingOne>) -> io::Result<()> {
         Err(errno(libc::ENOSYS))
     }
+}
+
+/// The mode of a set-id file after a write; set-group-ID without the group's execute bit means something else.
+pub(super) fn without_set_id(mode: u32) -> u32 {
+    let set_gid = if mode & libc::S_IXGRP != 0 { libc::S_ISGID } else { 0 };
+    mode & !(libc::S_ISUID | set_gid)
 }
 
 /// Keeps a copy of the descriptor that the library has opened.

@@ -28,6 +28,7 @@ use fuse_backend_rs::passthrough::PassthroughFs;
 use fuse_backend_rs::transport::FsCacheReqHandler;
 use rustix::fs::{AtFlags, CWD, FallocateFlags, Gid, Mode, OFlags, Timespec, Timestamps, Uid, XattrFlags};
 
+use super::mapping::without_set_id;
 use super::message::errno;
 use crate::virtio::fs::policy::is_set_id;
 
@@ -79,8 +80,7 @@ impl Unnamed {
     fn kill_set_id(&self) -> io::Result<()> {
         let mode = stat(&self.file)?.st_mode;
         if is_set_id(mode) {
-            let kept = if mode & libc::S_IXGRP != 0 { 0o1777 } else { 0o3777 };
-            rustix::fs::fchmod(&self.file, Mode::from_raw_mode(mode & kept))?;
+            rustix::fs::fchmod(&self.file, Mode::from_raw_mode(without_set_id(mode) & 0o7777))?;
         }
         Ok(())
     }
