@@ -8,6 +8,7 @@ mod arch;
 mod boot;
 mod builder;
 pub mod cli;
+mod compression;
 pub mod config;
 mod console;
 mod device_manager;

@@ -4,13 +4,15 @@
 //! Unpacked here, the kernel can lie at 2 MiB and needs room for itself alone. What is lost is that the kernel moves
 //! itself to a random address (KASLR), which the code that unpacks it does.
 
-use std::io::{self, Read};
+use std::io;
 
 use elf::ElfBytes;
 use elf::abi::PT_LOAD;
 use elf::endian::LittleEndian;
 use linux_loader::loader::bootparam::setup_header;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use crate::compression::Compression;
 
 /// Where the boot sector and the sectors of real-mode code end, in units of 512 bytes, follows from `setup_sects`.
 const SECTOR: usize = 512;
@@ -36,27 +38,15 @@ pub(super) fn unpack(image: &[u8], header: &setup_header) -> io::Result<Vec<u8>>
     let start = (setup_sects + 1) * SECTOR + header.payload_offset as usize;
     let payload = image.get(start..).and_then(|rest| rest.get(..header.payload_length as usize));
     // The last four bytes are the unpacked size.
-    let (payload, size) = payload
+    let payload = payload
         .and_then(|payload| payload.split_last_chunk::<4>())
+        .map(|(payload, _)| payload)
         .ok_or_else(|| invalid("the image is cut short".into()))?;
-    let size = u32::from_le_bytes(*size) as usize;
-    let mut kernel = Vec::with_capacity(size.min(256 << 20));
-    match payload {
-        [0x28, 0xb5, 0x2f, 0xfd, ..] => {
-            let mut decoder = ruzstd::decoding::StreamingDecoder::new(payload).map_err(io::Error::other)?;
-            decoder.read_to_end(&mut kernel)
-        }
-        [0x02, 0x21, 0x4c, 0x18, ..] => lz4_flex::frame::FrameDecoder::new(payload).read_to_end(&mut kernel),
-        [0xfd, b'7', b'z', b'X', b'Z', ..] => {
-            lzma_rust2::XzReader::new(payload, false).read_to_end(&mut kernel)
-        }
-        [0x1f, 0x8b, ..] => flate2::read::GzDecoder::new(payload).read_to_end(&mut kernel),
-        _ => {
-            let magic = &payload[..payload.len().min(4)];
-            return Err(invalid(format!("it is compressed in an unknown way (magic {magic:02x?})")));
-        }
-    }?;
-    Ok(kernel)
+    let compression = Compression::of(payload).ok_or_else(|| {
+        let magic = &payload[..payload.len().min(4)];
+        invalid(format!("it is compressed in an unknown way (magic {magic:02x?})"))
+    })?;
+    compression.decompress(payload)
 }
 
 /// Puts an ELF kernel in guest memory, from `start` on.

@@ -3,12 +3,13 @@
 use std::cell::OnceCell;
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
-use std::io::{self, Read};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
 use super::modinfo::{Modinfo, ModinfoError};
+use crate::compression::Compression;
 
 /// Why modules could not be found or read.
 #[derive(Debug, Error)]
@@ -212,18 +213,13 @@ fn canonical(name: &str) -> String {
 
 /// A module file's contents, decompressed as its name says.
 fn read_module(path: &Path) -> Result<Vec<u8>, ModuleError> {
+    let extension = path.extension().and_then(|extension| extension.to_str());
     let decompress = || -> io::Result<Vec<u8>> {
         let raw = fs::read(path)?;
-        let mut bytes = Vec::new();
-        match path.extension().and_then(|extension| extension.to_str()) {
-            Some("xz") => lzma_rust2::XzReader::new(raw.as_slice(), true).read_to_end(&mut bytes)?,
-            Some("gz") => flate2::read::MultiGzDecoder::new(raw.as_slice()).read_to_end(&mut bytes)?,
-            Some("zst") => ruzstd::decoding::StreamingDecoder::new(raw.as_slice())
-                .map_err(io::Error::other)?
-                .read_to_end(&mut bytes)?,
-            _ => return Ok(raw),
-        };
-        Ok(bytes)
+        match extension.and_then(Compression::of_module) {
+            Some(compression) => compression.decompress(&raw),
+            None => Ok(raw),
+        }
     };
     decompress().map_err(|source| ModuleError::Read { path: path.to_owned(), source })
 }
