@@ -14,6 +14,7 @@ mod console;
 mod device_manager;
 mod event_loop;
 mod exit;
+pub mod guest;
 pub mod initramfs;
 mod interrupts;
 mod layout;
@@ -25,7 +26,9 @@ mod vm;
 
 pub use boot::{BootError, KernelFormat, KernelImage};
 pub use builder::BuildError;
-pub use config::{ConfigError, DaxConfig, ShareConfig, ValidConfig, VmConfig};
+pub use config::{
+    ConfigError, DaxConfig, DiskConfig, RootConfig, RunConfig, ShareConfig, ValidConfig, VmConfig,
+};
 pub use memory::MemoryError;
 pub use outcome::{ExitReason, Stop};
 pub use report::{Report, Timing};

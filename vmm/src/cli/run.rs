@@ -61,6 +61,8 @@ impl RunArgs {
             cpus: self.cpus,
             memory: self.memory,
             shares: self.shares,
+            disks: Vec::new(),
+            rng: false,
             timeout: self.timeout,
         })?;
         let signals = block_signals()?;

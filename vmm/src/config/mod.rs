@@ -1,6 +1,8 @@
 //! What a VM is to be: [`VmConfig`], plain data as a user writes it, and [`ValidConfig`], which cannot be wrong in
 //! itself. Only the system can still refuse it.
 
+mod run;
+
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -9,6 +11,8 @@ use std::time::Duration;
 use devices::virtio::fs::CacheMode;
 use devices::virtio::fs::policy::{Policy, RuleFileError, UnknownPolicy};
 use serde::{Deserialize, Serialize};
+
+pub use run::{RootConfig, RunConfig};
 
 use crate::arch::x86_64::MAX_VCPUS;
 use crate::layout::HUGE_PAGE;
@@ -47,13 +51,30 @@ pub struct VmConfig {
     /// Shared directories.
     #[serde(default)]
     pub shares: Vec<ShareConfig>,
+    /// Disks.
+    #[serde(default)]
+    pub disks: Vec<DiskConfig>,
+    /// Whether the guest has a virtio-rng device.
+    #[serde(default)]
+    pub rng: bool,
     /// How long the VM may run.
     #[serde(default)]
     pub timeout: Option<Duration>,
 }
 
+/// A virtio-blk device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct DiskConfig {
+    /// A raw image or a block device.
+    pub path: PathBuf,
+    /// The guest may not write to it.
+    #[serde(default)]
+    pub read_only: bool,
+}
+
 /// A shared directory.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ShareConfig {
     /// The name by which the guest mounts it, 1 to 36 bytes.
@@ -228,6 +249,8 @@ mod tests {
             cpus: 1,
             memory: 512 << 20,
             shares: Vec::new(),
+            disks: Vec::new(),
+            rng: false,
             timeout: None,
         }
     }
