@@ -30,6 +30,12 @@ mod per_file_life;
 mod per_file_table;
 #[path = "guest/pressure.rs"]
 mod pressure;
+#[path = "guest/runner.rs"]
+mod runner;
+#[path = "guest/runner_ends.rs"]
+mod runner_ends;
+#[path = "guest/runner_terminal.rs"]
+mod runner_terminal;
 #[path = "guest/tree.rs"]
 mod tree;
 
@@ -39,6 +45,9 @@ use harness::{Boot, Checks, Places, Scope};
 use libtest_mimic::{Arguments, Trial};
 
 const KERNELS: [&str; 2] = ["6.12-cloud", "6.1-cloud"];
+
+/// Kernels with other drivers built in, on which the runner depends.
+const RUNNER_KERNELS: [&str; 3] = ["6.12-cloud", "6.1-cloud", "6.12-generic"];
 
 fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
@@ -93,6 +102,9 @@ fn trials(places: &Result<Places, String>) -> Vec<Trial> {
     }
     for kernel in KERNELS {
         machine::trials(places, kernel, &mut trials);
+    }
+    for kernel in RUNNER_KERNELS {
+        runner::trials(places, kernel, &mut trials);
     }
     trials
 }

@@ -1,6 +1,7 @@
 //! What an exit of a vCPU means: an access that goes to a bus, or the end of the machine. Testable without KVM.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use devices::bus::Bus;
 use kvm_ioctls::VcpuExit;
@@ -12,6 +13,8 @@ pub struct Buses {
     pub ports: Arc<Bus>,
     /// Guest-physical memory that is not RAM.
     pub memory: Arc<Bus>,
+    /// Exits so far, whatever for.
+    pub activity: Arc<AtomicU64>,
 }
 
 /// Why a vCPU cannot go on.
@@ -29,6 +32,7 @@ impl Buses {
     /// # Errors
     /// The vCPU cannot go on.
     pub fn handle(&self, exit: VcpuExit) -> Result<(), Fatal> {
+        self.activity.fetch_add(1, Ordering::Relaxed);
         match exit {
             VcpuExit::IoIn(port, data) => {
                 self.ports.read(port.into(), data);
@@ -83,6 +87,7 @@ mod tests {
         buses.handle(VcpuExit::IoIn(0x60, &mut from_port)).unwrap();
         buses.handle(VcpuExit::MmioRead(0xc000_0000, &mut from_memory)).unwrap();
         assert_eq!((from_port, from_memory), ([1], [2, 3]));
+        assert_eq!(buses.activity.load(Ordering::Relaxed), 4);
     }
 
     #[test]

@@ -21,6 +21,7 @@ mod layout;
 mod memory;
 mod outcome;
 mod report;
+pub mod runner;
 mod vcpu;
 mod vm;
 

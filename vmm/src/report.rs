@@ -33,14 +33,24 @@ pub struct Report {
 pub struct Timing {
     /// From the start of the VMM to the first instruction of the guest.
     pub vmm_ms: f64,
+    /// From there to the point where the guest's init, which is daxvm's own, runs; for guests with a command.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ready_ms: Option<f64>,
+    /// From there to the start of the command.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub started_ms: Option<f64>,
     /// From the start of the VMM to the end of the guest.
     pub total_ms: f64,
 }
 
 impl Timing {
     pub(crate) fn new(vmm: Duration, total: Duration) -> Timing {
-        Timing { vmm_ms: vmm.as_secs_f64() * 1e3, total_ms: total.as_secs_f64() * 1e3 }
+        Timing { vmm_ms: milliseconds(vmm), ready_ms: None, started_ms: None, total_ms: milliseconds(total) }
     }
+}
+
+pub(crate) fn milliseconds(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
 }
 
 /// Where a share's counters are, and its window in the process's address space.
@@ -56,7 +66,7 @@ impl Report {
         ram: &GuestRam,
         shares: &[ShareCounters],
     ) -> Report {
-        let status = reason.status();
+        let status = reason.status(false);
         let windows = shares.iter().filter_map(|share| share.window.clone());
         let guest: Vec<_> = windows.chain([ram.host_range()]).collect();
         let smaps = fs::read_to_string("/proc/self/smaps").ok();
@@ -115,5 +125,9 @@ mod tests {
         assert_eq!(json(ExitReason::PowerOff)["reason"], "power-off");
         assert_eq!(json(ExitReason::Panic("why".into()))["message"], "why");
         assert_eq!(json(ExitReason::Timeout)["reason"], "timeout");
+        assert_eq!(json(ExitReason::Exited { status: 3 })["message"]["status"], 3);
+        let failed = ExitReason::BootFailed { what: "mount the root".into(), error: "why".into() };
+        assert_eq!(json(failed.clone())["reason"], "boot-failed");
+        assert_eq!(json(failed)["message"]["what"], "mount the root");
     }
 }

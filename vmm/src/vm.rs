@@ -1,6 +1,7 @@
 //! A virtual machine: owns everything that it is made of, runs it, ends it.
 
 use std::io;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -89,7 +90,8 @@ impl Ending {
         &self.wake
     }
 
-    fn take(&self) -> Option<ExitReason> {
+    /// Why the VM is to end, if it is.
+    pub(crate) fn reason(&self) -> Option<ExitReason> {
         self.reason.lock().unwrap_or_else(|e| e.into_inner()).clone()
     }
 }
@@ -127,6 +129,11 @@ impl Vm {
         self.parts.console_log.lock().unwrap_or_else(|e| e.into_inner()).tail(lines)
     }
 
+    /// Counts the guest's accesses to its devices, but for doorbells: a guest that boots makes some all the time.
+    pub(crate) fn activity(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.parts.buses.activity)
+    }
+
     /// Runs the guest to its end.
     ///
     /// # Errors
@@ -154,7 +161,7 @@ impl Vm {
                 .map(|limit| limit.saturating_sub(self.parts.started.elapsed())),
         })?;
         self.vcpus.clear();
-        let reason = self.ending.take().unwrap_or(ExitReason::Stopped(Stop::Request));
+        let reason = self.ending.reason().unwrap_or(ExitReason::Stopped(Stop::Request));
         Ok(self.report(self.refine(reason), vmm))
     }
 
@@ -162,9 +169,14 @@ impl Vm {
     fn refine(&self, reason: ExitReason) -> ExitReason {
         let log = self.parts.console_log.lock().unwrap_or_else(|e| e.into_inner());
         match (log.panic(), &reason) {
-            (Some(panic), ExitReason::Reset | ExitReason::Crash(_) | ExitReason::Timeout) => {
-                ExitReason::Panic(panic.to_owned())
-            }
+            (
+                Some(panic),
+                ExitReason::Reset
+                | ExitReason::Crash(_)
+                | ExitReason::Panic(_)
+                | ExitReason::Timeout
+                | ExitReason::BootFailed { .. },
+            ) => ExitReason::Panic(panic.to_owned()),
             _ => reason,
         }
     }

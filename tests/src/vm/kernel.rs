@@ -58,6 +58,11 @@ impl Kernel {
         &self.name
     }
 
+    /// Its directory, which has its modules too.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     /// The file to boot.
     pub fn image(&self) -> PathBuf {
         self.dir.join(if self.elf { "vmlinux" } else { "vmlinuz" })

@@ -21,6 +21,7 @@
 
 mod builder;
 mod calls;
+mod command;
 mod console;
 mod error;
 mod host;
@@ -29,6 +30,7 @@ mod report;
 mod running;
 
 pub use builder::{Share, VmBuilder, daxvm};
+pub use command::{CommandEnded, CommandRun, RunningCommand};
 pub use error::VmError;
 pub use host::{Holdings, HostProcess};
 pub use kernel::{Kernel, guest_init, in_target, scratch};

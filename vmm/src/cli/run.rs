@@ -1,8 +1,6 @@
 //! `daxvm run`: boots a guest.
 
 use std::error::Error;
-use std::fs::File;
-use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -10,13 +8,7 @@ use clap::Args;
 use devices::text::{parse_duration, parse_size};
 
 use super::share::parse_share;
-use crate::config::{ShareConfig, ValidConfig, VmConfig};
-use crate::console::{make_terminal_raw, restore_terminal};
-use crate::outcome::{ExitReason, Stop};
-use crate::vm::{ConsoleInput, Ending, Vm};
-
-/// Lines of the guest's console that are shown when it failed.
-const TAIL_LINES: usize = 50;
+use crate::config::{RootConfig, RunConfig, ShareConfig};
 
 /// Boot a guest.
 ///
@@ -49,90 +41,50 @@ pub struct RunArgs {
     /// Write a report as JSON when the guest has ended
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
+    #[arg(long, default_value = "/")]
+    root: PathBuf,
+    #[arg(long)]
+    rw: Vec<PathBuf>,
+    #[arg(long)]
+    env: Vec<String>,
+    #[arg(long)]
+    rng: bool,
+    #[arg(long, value_parser = parse_duration)]
+    boot_timeout: Option<Duration>,
+    #[arg(long)]
+    console: Option<PathBuf>,
+    #[arg(last = true)]
+    command: Vec<std::ffi::OsString>,
 }
 
 impl RunArgs {
     /// Runs the guest; returns the exit status.
     pub(super) fn execute(self) -> Result<u8, Box<dyn Error>> {
-        let config = ValidConfig::new(VmConfig {
-            kernel: self.kernel,
+        let config = RunConfig {
+            kernel: Some(self.kernel),
             initrd: self.initrd,
             cmdline: self.cmdline,
-            cpus: self.cpus,
-            memory: self.memory,
+            cpus: Some(self.cpus),
+            memory: Some(self.memory),
             shares: self.shares,
-            disks: Vec::new(),
-            rng: false,
             timeout: self.timeout,
-        })?;
-        let signals = block_signals()?;
-        let output = File::from(std::io::stdout().as_fd().try_clone_to_owned()?);
-        let mut vm = Vm::build(config, Box::new(output))?;
-        end_on_signals(signals, vm.ending())?;
-        restore_terminal_on_panic(vm.ending());
-        let input = std::io::stdin().as_fd().try_clone_to_owned()?;
-        let terminal = make_terminal_raw()?;
-        let input = if terminal { ConsoleInput::Terminal(input) } else { ConsoleInput::From(input) };
-        let result = vm.run(input);
-        restore_terminal();
-        let report = result?;
-        if let Some(path) = &self.report {
-            report.write(path).map_err(|e| format!("Cannot write the report {}: {e}", path.display()))?;
-        }
-        explain(&report.reason, &vm);
-        Ok(report.status)
+            report: self.report,
+            rng: Some(self.rng),
+            root: RootConfig { path: self.root, ..RootConfig::default() },
+            rw: self.rw,
+            env: self
+                .env
+                .into_iter()
+                .map(|e| match e.split_once('=') {
+                    Some((n, v)) => (n.to_owned(), Some(v.to_owned())),
+                    None => (e, None),
+                })
+                .collect(),
+            boot_timeout: self.boot_timeout,
+            console: self.console,
+            command: self.command,
+            ..RunConfig::default()
+        };
+        Ok(crate::runner::run(config)?)
     }
-}
-
-/// Tells on standard error how the guest ended, when it was not by its own will.
-fn explain(reason: &ExitReason, vm: &Vm) {
-    let what = match reason {
-        ExitReason::PowerOff | ExitReason::Reset | ExitReason::Stopped(_) => return,
-        ExitReason::Crash(message) => format!("The guest crashed: {message}"),
-        ExitReason::Panic(message) => format!("The guest's kernel panicked: {message}"),
-        ExitReason::Timeout => "The guest did not end within its time (--timeout)".to_owned(),
-    };
-    eprintln!("daxvm: {what}. The last lines of its console:\n{}", vm.console_tail(TAIL_LINES));
-}
-
-/// The signals by which a caller ends the program.
-const SIGNALS: [libc::c_int; 4] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT];
-
-/// Blocks the signals in this thread and those that it starts; one thread waits for them instead.
-fn block_signals() -> Result<libc::sigset_t, Box<dyn Error>> {
-    // SAFETY: sigset_t is plain data that sigemptyset initialises; all pointers are to locals.
-    unsafe {
-        let mut set = std::mem::zeroed();
-        libc::sigemptyset(&mut set);
-        for signal in SIGNALS {
-            libc::sigaddset(&mut set, signal);
-        }
-        match libc::pthread_sigmask(libc::SIG_BLOCK, &set, std::ptr::null_mut()) {
-            0 => Ok(set),
-            error => Err(std::io::Error::from_raw_os_error(error).into()),
-        }
-    }
-}
-
-fn end_on_signals(set: libc::sigset_t, ending: Ending) -> std::io::Result<()> {
-    std::thread::Builder::new().name("signals".into()).spawn(move || {
-        loop {
-            let mut signal = 0;
-            // SAFETY: both pointers are to locals.
-            if unsafe { libc::sigwait(&set, &mut signal) } == 0 {
-                ending.end(ExitReason::Stopped(Stop::Signal(signal)));
-            }
-        }
-    })?;
-    Ok(())
-}
-
-/// A panic of any thread ends the VM, with the terminal as it was found.
-fn restore_terminal_on_panic(ending: Ending) {
-    let default = std::panic::take_hook();
-    std::panic::set_hook(Box::new(move |info| {
-        restore_terminal();
-        default(info);
-        ending.end(ExitReason::Crash(format!("a thread of the VMM panicked: {info}")));
-    }));
 }

@@ -100,6 +100,11 @@ impl ModuleTree {
         Ok(self.files.get_or_init(|| files))
     }
 
+    /// The directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     /// The kernel's version, as `uname -r` prints it.
     pub fn version(&self) -> &str {
         self.dir.file_name().and_then(|name| name.to_str()).unwrap_or_default()

@@ -1,0 +1,140 @@
+//! The host's side of `daxvm run`: from what a user asks for to an exit status.
+//!
+//! [`plan`] resolves it all: the kernel and its modules, the machine, the guest's task. [`run`] carries it out. With a
+//! command, an initramfs with daxvm itself as init is made in memory; the command's streams are ports of a
+//! virtio-console device, and so is the control channel, on which the guest tells how far it is ([`session`]). Until it
+//! does for the first time, a watchdog looks whether it lives. Nothing of this is ever in the host's file systems.
+
+mod explain;
+mod kernel;
+mod own_init;
+mod plan;
+mod session;
+mod signals;
+mod stdio;
+mod terminal;
+mod watchdog;
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::thread;
+use std::time::{Duration, Instant};
+
+pub use kernel::KernelError;
+pub use plan::{Console, Plan, PlanError, plan};
+
+use crate::builder::BuildError;
+use crate::config::{ConfigError, RunConfig, ValidConfig, VmConfig};
+use crate::console::restore_terminal;
+use crate::guest::image::ImageError;
+use crate::outcome::ExitReason;
+use crate::report::Report;
+use crate::vm::Ending;
+
+/// Why a guest could not be run. The message names what to do where the user can do something.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// What was asked for cannot be.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// The machine cannot be.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The VM cannot be built.
+    #[error(transparent)]
+    Build(#[from] BuildError),
+    /// There is no initramfs.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// The console's file cannot be written.
+    #[error("Cannot write the console to {path}")]
+    Console {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The report cannot be written.
+    #[error("Cannot write the report {path}")]
+    Report {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The system refuses something that the runner needs.
+    #[error("Cannot {0}")]
+    System(&'static str, #[source] io::Error),
+}
+
+/// Runs a guest as a program does: with the process's standard streams, terminal and signals. Returns the exit status.
+///
+/// # Errors
+/// See [`RunError`]. How the guest ended is never an error.
+pub fn run(config: RunConfig) -> Result<u8, RunError> {
+    let begin = Instant::now();
+    let signals = signals::Signals::block().map_err(|e| RunError::System("block signals", e))?;
+    if let Some(limit) = config.timeout {
+        leave_after(limit.saturating_add(signals::GRACE))?;
+    }
+    let plan = plan(&config)?;
+    match plan.task.clone() {
+        Some(task) => session::run(plan, task, signals, begin),
+        None => own_init::run(plan, signals, begin),
+    }
+}
+
+/// The last resort of a time limit: the VM ends itself in time, unless something that it waits for does not come back.
+fn leave_after(limit: Duration) -> Result<(), RunError> {
+    let leave = move || {
+        thread::sleep(limit);
+        signals::leave(ExitReason::Timeout.status(true));
+    };
+    let spawned = thread::Builder::new().name("time-limit".into()).spawn(leave);
+    spawned.map(drop).map_err(|e| RunError::System("start a thread", e))
+}
+
+/// The machine, with what is left of its time.
+fn machine(plan: &Plan, begin: Instant) -> Result<ValidConfig, ConfigError> {
+    // Not zero, which would be no limit that anybody could mean.
+    let left = |limit: Duration| limit.saturating_sub(begin.elapsed()).max(Duration::from_millis(1));
+    let timeout = plan.machine.timeout.map(left);
+    ValidConfig::new(VmConfig { timeout, ..VmConfig::clone(&plan.machine) })
+}
+
+/// Where the console's output goes.
+fn console(console: &Console) -> Result<Box<dyn Write + Send>, RunError> {
+    let duplicate = |fd: &dyn AsFd| {
+        let fd = fd.as_fd().try_clone_to_owned().map_err(|e| RunError::System("use a standard stream", e))?;
+        // Unbuffered, unlike the standard library's.
+        Ok(Box::new(File::from(fd)) as Box<dyn Write + Send>)
+    };
+    match console {
+        Console::Kept => Ok(Box::new(io::sink())),
+        Console::Terminal => duplicate(&io::stdout()),
+        Console::StandardError => duplicate(&io::stderr()),
+        Console::File(path) => {
+            let file = File::create(path);
+            Ok(Box::new(file.map_err(|source| RunError::Console { path: path.clone(), source })?))
+        }
+    }
+}
+
+fn write_report(plan: &Plan, report: &Report) -> Result<(), RunError> {
+    let Some(path) = &plan.report else { return Ok(()) };
+    report.write(path).map_err(|source| RunError::Report { path: path.clone(), source })
+}
+
+/// A panic of any thread ends the VM, with the terminal as it was found.
+fn end_on_panic(ending: Ending) {
+    let default = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        restore_terminal();
+        default(info);
+        ending.end(ExitReason::Crash(format!("a thread of the VMM panicked: {info}")));
+    }));
+}

@@ -1,0 +1,28 @@
+//! Guests without a command: they have an init of their own, and the caller's terminal is their serial console.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::time::Instant;
+
+use super::signals::Signals;
+use super::{Plan, RunError, console, end_on_panic, explain, machine, write_report};
+use crate::console::{make_terminal_raw, restore_terminal};
+use crate::vm::{ConsoleInput, Vm, Wiring};
+
+/// Runs the guest to its end; returns the exit status.
+pub(super) fn run(plan: Plan, signals: Signals, begin: Instant) -> Result<u8, RunError> {
+    let wiring = Wiring { console: console(&plan.console)?, initramfs: None, ports: Vec::new() };
+    let mut vm = Vm::build(machine(&plan, begin)?, wiring)?;
+    let system = |what| move |error| RunError::System(what, error);
+    signals.handle(vm.ending(), None).map_err(system("start a thread"))?;
+    end_on_panic(vm.ending());
+    let input = io::stdin().as_fd().try_clone_to_owned().map_err(system("use standard input"))?;
+    let terminal = make_terminal_raw().map_err(system("set up the terminal"))?;
+    let input = if terminal { ConsoleInput::Terminal(input) } else { ConsoleInput::From(input) };
+    let result = vm.run(input);
+    restore_terminal();
+    let report = result.map_err(system("run the guest"))?;
+    write_report(&plan, &report)?;
+    explain::own_init(&report.reason, || vm.console_tail(explain::TAIL_LINES));
+    Ok(report.status)
+}
