@@ -13,7 +13,7 @@ use super::share::parse_share;
 use crate::config::{ShareConfig, ValidConfig, VmConfig};
 use crate::console::{make_terminal_raw, restore_terminal};
 use crate::outcome::{ExitReason, Stop};
-use crate::vm::{ConsoleInput, Ending, Vm};
+use crate::vm::{ConsoleInput, Ending, Vm, Wiring};
 
 /// Lines of the guest's console that are shown when it failed.
 const TAIL_LINES: usize = 50;
@@ -67,7 +67,8 @@ impl RunArgs {
         })?;
         let signals = block_signals()?;
         let output = File::from(std::io::stdout().as_fd().try_clone_to_owned()?);
-        let mut vm = Vm::build(config, Box::new(output))?;
+        let mut vm =
+            Vm::build(config, Wiring { console: Box::new(output), initramfs: None, ports: Vec::new() })?;
         end_on_signals(signals, vm.ending())?;
         restore_terminal_on_panic(vm.ending());
         let input = std::io::stdin().as_fd().try_clone_to_owned()?;
