@@ -7,11 +7,13 @@ use std::time::Instant;
 use devices::bus::BusError;
 use devices::legacy::{AcpiSleep, KeyboardController, PowerEvent, SerialPort};
 use devices::pci::{ConfigPorts, Ecam};
+use devices::virtio::console::{ConsoleDevice, ConsoleError, Port, PortsHandle};
 use devices::virtio::device::{DeviceMemory, VirtioDevice};
 use devices::virtio::fs::policy::RuleFileError;
 use devices::virtio::fs::window::default_window_size;
 use devices::virtio::fs::{FileSystemConfig, FileSystemDevice, FileSystemError};
 use devices::virtio::pci::VirtioPciError;
+use devices::virtio::rng::RngDevice;
 use kvm_bindings::CpuId;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vm_memory::{GuestMemoryError, GuestMemoryMmap};
@@ -19,7 +21,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::arch::x86_64::entry::{self, EntryError, EntryPoint};
 use crate::arch::x86_64::{acpi, cpuid};
-use crate::boot::{self, Boot, BootError};
+use crate::boot::{self, Boot, BootError, Initramfs};
 use crate::config::{ShareConfig, ValidConfig};
 use crate::console::{ConsoleLog, ConsoleOutput};
 use crate::device_manager::DeviceManager;
@@ -28,7 +30,7 @@ use crate::interrupts::Line;
 use crate::layout::{self, irq, ports};
 use crate::memory::{GuestRam, MemoryError, Slot, Slots};
 use crate::report::ShareCounters;
-use crate::vm::{Ending, Parts, Vm};
+use crate::vm::{Ending, Parts, Vm, Wiring};
 
 /// Why a VM could not be built. The message names what to do where the user can do something.
 #[derive(Debug, thiserror::Error)]
@@ -72,6 +74,9 @@ pub enum BuildError {
         #[source]
         source: RuleFileError,
     },
+    /// The ports of the wiring.
+    #[error(transparent)]
+    Ports(#[from] ConsoleError),
     /// A device behind the virtio transport.
     #[error(transparent)]
     Virtio(#[from] VirtioPciError),
@@ -90,7 +95,7 @@ pub enum BuildError {
 ///
 /// # Errors
 /// See [`BuildError`].
-pub(crate) fn build(config: ValidConfig, console: Box<dyn io::Write + Send>) -> Result<Vm, BuildError> {
+pub(crate) fn build(config: ValidConfig, wiring: Wiring) -> Result<Vm, BuildError> {
     let started = Instant::now();
     let kvm = open_kvm()?;
     let vm = create_vm(&kvm)?;
@@ -102,7 +107,7 @@ pub(crate) fn build(config: ValidConfig, console: Box<dyn io::Write + Send>) -> 
 
     let ending = Ending::new().map_err(BuildError::EventFd)?;
     let buses = Buses::default();
-    let console = ConsoleParts::new(&vm, console).map_err(BuildError::EventFd)?;
+    let console = ConsoleParts::new(&vm, wiring.console).map_err(BuildError::EventFd)?;
     add_legacy_devices(&buses, &console, &ending)?;
     let devices_memory = DeviceMemory::new(memory.clone());
     let mut manager = DeviceManager::new(
@@ -119,6 +124,11 @@ pub(crate) fn build(config: ValidConfig, console: Box<dyn io::Write + Send>) -> 
     )?;
     buses.memory.insert(layout::ECAM, Ecam::SIZE, Arc::new(Ecam(manager.bus())))?;
 
+    // Devices end in this order. Those without a window come first, because descriptors may point into windows.
+    let ports = add_ports(&mut manager, wiring.ports)?;
+    if config.rng {
+        manager.add(Box::new(RngDevice::default()))?;
+    }
     let shares = config
         .shares
         .iter()
@@ -126,7 +136,7 @@ pub(crate) fn build(config: ValidConfig, console: Box<dyn io::Write + Send>) -> 
         .collect::<Result<_, _>>()?;
 
     let rsdp = acpi::write_tables(&memory, config.cpus, &mmio_64).map_err(BuildError::Acpi)?;
-    let entry = load_guest(&config, &memory, rsdp)?;
+    let entry = load_guest(&config, wiring.initramfs.as_deref(), &memory, rsdp)?;
     let vcpus = create_vcpus(&vm, &cpuid, config.cpus, &memory, entry)?;
     let parts = Parts {
         buses,
@@ -136,6 +146,7 @@ pub(crate) fn build(config: ValidConfig, console: Box<dyn io::Write + Send>) -> 
         panicked: console.panicked,
         console_log: console.log,
         shares,
+        ports,
         config,
         started,
         _slots: map_ram(&slots, &ram)?,
@@ -233,11 +244,26 @@ fn add_share(
     Ok(counters)
 }
 
-fn load_guest(config: &ValidConfig, memory: &GuestMemoryMmap, rsdp: u64) -> Result<EntryPoint, BuildError> {
+fn add_ports(manager: &mut DeviceManager, ports: Vec<Port>) -> Result<PortsHandle, BuildError> {
+    if ports.is_empty() {
+        return Ok(PortsHandle::default());
+    }
+    let device = ConsoleDevice::new(ports)?;
+    let handle = device.ports();
+    manager.add(Box::new(device))?;
+    Ok(handle)
+}
+
+fn load_guest(
+    config: &ValidConfig,
+    initramfs: Option<&[u8]>,
+    memory: &GuestMemoryMmap,
+    rsdp: u64,
+) -> Result<EntryPoint, BuildError> {
     let command_line = config.command_line();
     let what = Boot {
         kernel: &config.kernel,
-        initramfs: config.initrd.as_deref(),
+        initramfs: initramfs.map(Initramfs::Bytes).or_else(|| config.initrd.as_deref().map(Initramfs::File)),
         command_line: &command_line,
         ram: config.memory,
         rsdp,

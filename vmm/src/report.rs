@@ -6,11 +6,12 @@ use std::ops::Range;
 use std::path::Path;
 use std::time::Duration;
 
+use devices::virtio::console::PortCounters;
 use devices::virtio::fs::{CountersHandle, FileSystemCounters};
 use serde::Serialize;
 
-use crate::memory::GuestRam;
 use crate::outcome::ExitReason;
+use crate::vm::Parts;
 
 /// The report of one VM.
 #[derive(Debug, Clone, Serialize)]
@@ -26,6 +27,8 @@ pub struct Report {
     pub vmm_memory_kib: Option<u64>,
     /// The shares.
     pub shares: Vec<FileSystemCounters>,
+    /// The ports of the virtio-console device.
+    pub ports: Vec<PortCounters>,
 }
 
 /// Where the time went, in milliseconds.
@@ -60,19 +63,15 @@ pub(crate) struct ShareCounters {
 }
 
 impl Report {
-    pub(crate) fn new(
-        reason: ExitReason,
-        timing: Timing,
-        ram: &GuestRam,
-        shares: &[ShareCounters],
-    ) -> Report {
+    pub(crate) fn new(reason: ExitReason, timing: Timing, parts: &Parts) -> Report {
         let status = reason.status(false);
-        let windows = shares.iter().filter_map(|share| share.window.clone());
-        let guest: Vec<_> = windows.chain([ram.host_range()]).collect();
+        let windows = parts.shares.iter().filter_map(|share| share.window.clone());
+        let guest: Vec<_> = windows.chain([parts.ram.host_range()]).collect();
         let smaps = fs::read_to_string("/proc/self/smaps").ok();
         let vmm_memory_kib = smaps.map(|smaps| own_memory(&smaps, &guest));
-        let shares = shares.iter().map(|share| share.counters.snapshot()).collect();
-        Report { reason, status, timing, vmm_memory_kib, shares }
+        let shares = parts.shares.iter().map(|share| share.counters.snapshot()).collect();
+        let ports = parts.ports.counters();
+        Report { reason, status, timing, vmm_memory_kib, shares, ports }
     }
 
     /// Writes the report as JSON.

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use devices::legacy::{PowerEvent, SerialPort};
+pub use devices::virtio::console::{Port, PortsHandle};
 use devices::virtio::device::DeviceMemory;
 use kvm_ioctls::VcpuFd;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -41,6 +42,7 @@ pub(crate) struct Parts {
     pub panicked: EventFd,
     pub console_log: Arc<Mutex<ConsoleLog>>,
     pub shares: Vec<ShareCounters>,
+    pub ports: PortsHandle,
     pub config: ValidConfig,
     pub started: Instant,
     /// Shows the guest its RAM; goes before it.
@@ -96,6 +98,16 @@ impl Ending {
     }
 }
 
+/// What a machine is connected to, beside what its configuration names.
+pub struct Wiring {
+    /// Where the output of the serial port goes.
+    pub console: Box<dyn io::Write + Send>,
+    /// An initramfs in memory; goes before that of the configuration.
+    pub initramfs: Option<Vec<u8>>,
+    /// The ports of a virtio-console device; there is no such device when they are none.
+    pub ports: Vec<Port>,
+}
+
 /// Where the guest's console input comes from.
 pub enum ConsoleInput {
     /// Nowhere.
@@ -115,13 +127,18 @@ impl Vm {
     ///
     /// # Errors
     /// See [`BuildError`].
-    pub fn build(config: ValidConfig, console: Box<dyn io::Write + Send>) -> Result<Vm, BuildError> {
-        crate::builder::build(config, console)
+    pub fn build(config: ValidConfig, wiring: Wiring) -> Result<Vm, BuildError> {
+        crate::builder::build(config, wiring)
     }
 
     /// The means to end this VM from elsewhere.
     pub fn ending(&self) -> Ending {
         self.ending.clone()
+    }
+
+    /// The ports of the wiring.
+    pub fn ports(&self) -> PortsHandle {
+        self.parts.ports.clone()
     }
 
     /// The last lines of the guest's console.
@@ -183,6 +200,6 @@ impl Vm {
 
     fn report(&self, reason: ExitReason, vmm: Duration) -> Report {
         let timing = Timing::new(vmm, self.parts.started.elapsed());
-        Report::new(reason, timing, &self.parts.ram, &self.parts.shares)
+        Report::new(reason, timing, &self.parts)
     }
 }

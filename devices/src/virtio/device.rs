@@ -86,6 +86,14 @@ pub struct ActivateError {
     pub source: Option<std::io::Error>,
 }
 
+/// What [`VirtioDevice::read_config`] does for a device whose configuration space is `space`.
+pub(super) fn read_config_space(space: &[u8], offset: u64, data: &mut [u8]) {
+    let rest = usize::try_from(offset).ok().and_then(|offset| space.get(offset..)).unwrap_or_default();
+    let len = rest.len().min(data.len());
+    data[..len].copy_from_slice(&rest[..len]);
+    data[len..].fill(0);
+}
+
 /// A region of host memory that the transport shows to the driver as shared memory region `id`.
 #[derive(Clone)]
 pub struct SharedMemory {

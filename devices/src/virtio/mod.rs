@@ -1,6 +1,12 @@
 //! Virtio devices (virtio 1.2) and the transport that carries them.
 
+mod buffers;
+pub mod console;
 pub mod device;
 pub mod fs;
 pub mod pci;
+pub mod rng;
+#[cfg(test)]
+mod testing;
+pub mod thread;
 pub mod worker;

@@ -4,14 +4,13 @@
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
+use std::sync::atomic::Ordering;
 
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::device::{ActiveQueue, DeviceMemory};
+use super::thread::{DeviceThread, Stop};
 
 /// What a device does with one chain of descriptors.
 pub trait ChainHandler: Send + 'static {
@@ -32,12 +31,7 @@ pub trait ChainHandler: Send + 'static {
 pub struct ChainError(pub String);
 
 /// The thread that serves one queue, until it is stopped or dropped.
-pub struct QueueWorker {
-    /// Looked at between requests: a driver that never lets the ring run empty cannot delay the end.
-    stop: Arc<AtomicBool>,
-    kill: EventFd,
-    thread: Option<JoinHandle<()>>,
-}
+pub struct QueueWorker(DeviceThread);
 
 impl QueueWorker {
     /// Starts the thread `name` (at most 15 bytes are shown by the system).
@@ -49,116 +43,114 @@ impl QueueWorker {
         queue: ActiveQueue,
         memory: DeviceMemory,
         needs_reset: Arc<dyn Fn() + Send + Sync>,
-        handler: impl ChainHandler,
+        mut handler: impl ChainHandler,
     ) -> io::Result<QueueWorker> {
-        let kill = EventFd::new(EFD_NONBLOCK)?;
-        let stop = Arc::new(AtomicBool::new(false));
-        let worker = Worker { stop: Arc::clone(&stop), kill: kill.try_clone()?, memory, handler, queue };
-        let thread_name = name.to_owned();
-        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
-            if let Err(error) = worker.run() {
-                tracing::error!(queue = %thread_name, %error, "Queue stopped, the device needs a reset");
-                needs_reset();
-            }
+        let thread = DeviceThread::spawn(name, needs_reset, move |stop| {
+            serve(queue, &memory, stop, |queue, memory| {
+                let Some(chain) = queue.next_chain(memory)? else { return Ok(false) };
+                let head = chain.head_index();
+                let written = handler.handle(memory, chain)?;
+                queue.add_used(memory, head, written)?;
+                // After each chain: a request may take long, and the one before it is not to wait for it.
+                queue.notify_driver(memory)?;
+                Ok(true)
+            })
         })?;
-        Ok(QueueWorker { stop, kill, thread: Some(thread) })
+        Ok(QueueWorker(thread))
     }
 
     /// Ends the thread and waits for it: afterwards it touches no guest memory and raises no interrupt.
-    pub fn stop(self) {}
-}
-
-impl Drop for QueueWorker {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Release);
-        // The counter of an event descriptor that nobody else writes cannot overflow, so the write cannot fail.
-        let _ = self.kill.write(1);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
+    pub fn stop(self) {
+        drop(self.0);
     }
 }
 
-struct Worker<H> {
-    stop: Arc<AtomicBool>,
-    kill: EventFd,
-    memory: DeviceMemory,
-    queue: ActiveQueue,
-    handler: H,
-}
-
-impl<H: ChainHandler> Worker<H> {
-    fn run(mut self) -> Result<(), ChainError> {
-        let ring_error = |error: virtio_queue::Error| ChainError(format!("Bad ring: {error}"));
-        // The driver may have rung before this thread existed.
-        loop {
-            loop {
-                let snapshot = self.memory.memory();
-                let memory: &GuestMemoryMmap = &snapshot;
-                self.queue.queue.disable_notification(memory).map_err(ring_error)?;
-                serve(&mut self.queue, memory, &mut self.handler, &self.stop)?;
-                let more = self.queue.queue.enable_notification(memory).map_err(ring_error)?;
-                if !more || self.stop.load(Ordering::Acquire) {
-                    break;
-                }
-            }
-            if !self.wait()? {
-                return Ok(());
-            }
-        }
-    }
-
-    /// Sleeps until the doorbell rings (true) or the worker is told to end (false).
-    fn wait(&self) -> Result<bool, ChainError> {
-        let mut fds = [self.kill.as_raw_fd(), self.queue.doorbell.as_raw_fd()].map(|fd| libc::pollfd {
-            fd,
-            events: libc::POLLIN,
-            revents: 0,
-        });
-        loop {
-            // SAFETY: `fds` is an array of two initialised pollfd structures that outlives the call.
-            if unsafe { libc::poll(fds.as_mut_ptr(), 2, -1) } >= 0 {
-                break;
-            }
-            let error = io::Error::last_os_error();
-            if error.kind() != io::ErrorKind::Interrupted {
-                return Err(ChainError(format!("Cannot wait for the doorbell: {error}")));
-            }
-        }
-        if fds[0].revents != 0 {
-            return Ok(false);
-        }
-        // Non-blocking: a spurious wake-up finds nothing to read and does no harm.
-        let _ = self.queue.doorbell.read();
-        Ok(true)
-    }
-}
-
-/// Serves all chains that are available now.
-fn serve(
-    active: &mut ActiveQueue,
-    memory: &GuestMemoryMmap,
-    handler: &mut impl ChainHandler,
-    stop: &AtomicBool,
+/// Serves `queue` until `stop` is set: `some` serves some of what is available, and returns false if there was nothing.
+///
+/// # Errors
+/// A ring that breaks the rules; those of `some`.
+pub(super) fn serve(
+    mut queue: ActiveQueue,
+    memory: &DeviceMemory,
+    stop: &Stop,
+    mut some: impl FnMut(&mut ActiveQueue, &GuestMemoryMmap) -> Result<bool, ChainError>,
 ) -> Result<(), ChainError> {
-    while !stop.load(Ordering::Acquire)
-        && let Some(chain) = next_chain(&mut active.queue, memory)?
-    {
-        let head = chain.head_index();
-        let written = handler.handle(memory, chain)?;
-        let ring_error = |error: virtio_queue::Error| ChainError(format!("Bad used ring: {error}"));
-        active.queue.add_used(memory, head, written).map_err(ring_error)?;
-        // Asked after each chain: a file system request may take long, and the one before it is not to wait for it.
-        if active.queue.needs_notification(memory).map_err(ring_error)? {
-            active.interrupt.trigger().map_err(|e| ChainError(format!("Cannot interrupt the guest: {e}")))?;
+    // The driver may have rung before this thread existed, so the first look at the ring comes before the first wait.
+    loop {
+        queue.ignore_driver(&memory.memory())?;
+        while !stop.is_set() && some(&mut queue, &memory.memory())? {}
+        if queue.listen_to_driver(&memory.memory())? && !stop.is_set() {
+            continue;
         }
+        let bell = (queue.doorbell.as_raw_fd(), libc::POLLIN);
+        if stop.wait([bell]).map_err(cannot_wait)?.is_none() {
+            return Ok(());
+        }
+        queue.silence_doorbell();
     }
-    Ok(())
 }
 
-fn next_chain<'m>(
-    queue: &mut Queue,
-    memory: &'m GuestMemoryMmap,
-) -> Result<Option<DescriptorChain<&'m GuestMemoryMmap>>, ChainError> {
-    Ok(queue.iter(memory).map_err(|error| ChainError(format!("Bad available ring: {error}")))?.next())
+/// A [`Stop::wait`] that failed.
+pub(super) fn cannot_wait(error: io::Error) -> ChainError {
+    ChainError(format!("Cannot wait for the doorbell: {error}"))
+}
+
+fn bad_ring(error: virtio_queue::Error) -> ChainError {
+    ChainError(format!("Bad ring: {error}"))
+}
+
+/// The device's side of a ring. Errors are those of a ring that breaks the rules.
+impl ActiveQueue {
+    /// Takes the next available chain.
+    pub(super) fn next_chain<'m>(
+        &mut self,
+        memory: &'m GuestMemoryMmap,
+    ) -> Result<Option<DescriptorChain<&'m GuestMemoryMmap>>, ChainError> {
+        Ok(self.queue.iter(memory).map_err(bad_ring)?.next())
+    }
+
+    /// Puts back the last `count` chains that were taken.
+    pub(super) fn put_back(&mut self, count: u16) {
+        self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(count));
+    }
+
+    /// Number of chains that are available now.
+    pub(super) fn available(&self, memory: &GuestMemoryMmap) -> Result<u16, ChainError> {
+        let end = self.queue.avail_idx(memory, Ordering::Acquire).map_err(bad_ring)?;
+        Ok(end.0.wrapping_sub(self.queue.next_avail()))
+    }
+
+    /// Gives the chain with this head back, `written` bytes of whose device-writable part have been written.
+    pub(super) fn add_used(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        head: u16,
+        written: u32,
+    ) -> Result<(), ChainError> {
+        self.queue.add_used(memory, head, written).map_err(bad_ring)
+    }
+
+    /// Interrupts the driver if it wants to know of what was given back since the last call.
+    pub(super) fn notify_driver(&mut self, memory: &GuestMemoryMmap) -> Result<(), ChainError> {
+        if self.queue.needs_notification(memory).map_err(bad_ring)? {
+            self.interrupt.trigger().map_err(|e| ChainError(format!("Cannot interrupt the guest: {e}")))?;
+        }
+        Ok(())
+    }
+
+    /// Asks the driver not to ring.
+    pub(super) fn ignore_driver(&mut self, memory: &GuestMemoryMmap) -> Result<(), ChainError> {
+        self.queue.disable_notification(memory).map_err(bad_ring)
+    }
+
+    /// Asks the driver to ring; true if there are chains already, for which it may not have rung.
+    pub(super) fn listen_to_driver(&mut self, memory: &GuestMemoryMmap) -> Result<bool, ChainError> {
+        self.queue.enable_notification(memory).map_err(bad_ring)
+    }
+
+    /// Takes note of the doorbell.
+    pub(super) fn silence_doorbell(&self) {
+        // Non-blocking: a spurious wake-up finds nothing to read and does no harm.
+        let _ = self.doorbell.read();
+    }
 }

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use linux_loader::cmdline::Cmdline;
 use linux_loader::loader::load_cmdline;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
 use crate::arch::x86_64::boot_params::{self, BootInfo};
 use crate::arch::x86_64::entry::EntryPoint;
@@ -79,6 +79,9 @@ pub enum BootError {
         #[source]
         source: io::Error,
     },
+    /// The initramfs cannot be written.
+    #[error("Cannot write the initramfs to guest memory")]
+    Initramfs(#[source] GuestMemoryError),
     /// The boot structures cannot be written.
     #[error("Cannot write the boot parameters to guest memory")]
     Params(#[source] linux_loader::configurator::Error),
@@ -89,13 +92,22 @@ pub struct Boot<'a> {
     /// The kernel image.
     pub kernel: &'a Path,
     /// The initramfs.
-    pub initramfs: Option<&'a Path>,
+    pub initramfs: Option<Initramfs<'a>>,
     /// The kernel command line.
     pub command_line: &'a str,
     /// Bytes of RAM.
     pub ram: u64,
     /// Guest-physical address of the RSDP.
     pub rsdp: u64,
+}
+
+/// An initramfs.
+#[derive(Clone, Copy)]
+pub enum Initramfs<'a> {
+    /// In this file.
+    File(&'a Path),
+    /// In memory.
+    Bytes(&'a [u8]),
 }
 
 /// Loads everything and writes the boot parameters; returns where the first vCPU begins.
@@ -108,7 +120,7 @@ pub fn load(memory: &GuestMemoryMmap, what: &Boot) -> Result<EntryPoint, BootErr
     let kernel = image.load(memory, low_ram)?;
     let limit = low_ram.min(kernel.initramfs_limit);
     let initramfs = match what.initramfs {
-        Some(path) => load_initramfs(memory, path, kernel.end..limit)?,
+        Some(initramfs) => load_initramfs(memory, initramfs, kernel.end..limit)?,
         None => 0..0,
     };
     write_command_line(memory, what.command_line)?;
@@ -127,22 +139,40 @@ pub fn load(memory: &GuestMemoryMmap, what: &Boot) -> Result<EntryPoint, BootErr
     Ok(kernel.entry)
 }
 
-/// Reads the initramfs to the end of `free`, page-aligned: as far from the kernel as can be, as boot loaders do.
-fn load_initramfs(memory: &GuestMemoryMmap, path: &Path, free: Range<u64>) -> Result<Range<u64>, BootError> {
-    let failed = |source| BootError::Read { what: "initramfs", path: path.to_owned(), source };
-    let mut file = File::open(path).map_err(failed)?;
-    let size = file.seek(SeekFrom::End(0)).map_err(failed)?;
-    file.rewind().map_err(failed)?;
+/// Puts the initramfs at the end of `free`, page-aligned: as far from the kernel as can be, as boot loaders do.
+fn load_initramfs(
+    memory: &GuestMemoryMmap,
+    initramfs: Initramfs,
+    free: Range<u64>,
+) -> Result<Range<u64>, BootError> {
+    match initramfs {
+        Initramfs::File(path) => {
+            let failed = |source| BootError::Read { what: "initramfs", path: path.to_owned(), source };
+            let mut file = File::open(path).map_err(failed)?;
+            let size = file.seek(SeekFrom::End(0)).map_err(failed)?;
+            file.rewind().map_err(failed)?;
+            let start = place_initramfs(size, &free)?;
+            memory
+                .read_exact_volatile_from(GuestAddress(start), &mut file, size as usize)
+                .map_err(|error| failed(io::Error::other(error)))?;
+            Ok(start..start + size)
+        }
+        Initramfs::Bytes(bytes) => {
+            let start = place_initramfs(bytes.len() as u64, &free)?;
+            memory.write_slice(bytes, GuestAddress(start)).map_err(BootError::Initramfs)?;
+            Ok(start..start + bytes.len() as u64)
+        }
+    }
+}
+
+/// Where an initramfs of `size` bytes begins.
+fn place_initramfs(size: u64, free: &Range<u64>) -> Result<u64, BootError> {
     let start = free.end.checked_sub(size).map(|start| start & !0xfff).filter(|start| *start >= free.start);
-    let start = start.ok_or(BootError::TooLittleMemory {
+    start.ok_or(BootError::TooLittleMemory {
         what: "kernel and initramfs",
         needed: (free.start + size).next_multiple_of(1 << 20) >> 20,
         given: free.end >> 20,
-    })?;
-    memory
-        .read_exact_volatile_from(GuestAddress(start), &mut file, size as usize)
-        .map_err(|error| failed(io::Error::other(error)))?;
-    Ok(start..start + size)
+    })
 }
 
 fn write_command_line(memory: &GuestMemoryMmap, text: &str) -> Result<(), BootError> {
@@ -167,18 +197,26 @@ mod tests {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         file.write_all(&[7; 5000]).unwrap();
         let memory = memory();
-        let range = load_initramfs(&memory, file.path(), 1 << 20..8 << 20).unwrap();
+        let initramfs = Initramfs::File(file.path());
+        let range = load_initramfs(&memory, initramfs, 1 << 20..8 << 20).unwrap();
         assert_eq!(range, (8 << 20) - 8192..(8 << 20) - 8192 + 5000);
         let mut last = [0];
         memory.read_slice(&mut last, GuestAddress(range.end - 1)).unwrap();
         assert_eq!(last, [7]);
-        let error = load_initramfs(&memory, file.path(), (8 << 20) - 4096..8 << 20).unwrap_err();
-        assert!(error.to_string().contains("raise --memory"), "{error}");
+        for initramfs in [initramfs, Initramfs::Bytes(&[7; 5000])] {
+            let error = load_initramfs(&memory, initramfs, (8 << 20) - 4096..8 << 20).unwrap_err();
+            assert!(error.to_string().contains("raise --memory"), "{error}");
+        }
+        let range = load_initramfs(&memory, Initramfs::Bytes(&[8; 5000]), 1 << 20..4 << 20).unwrap();
+        assert_eq!(range, (4 << 20) - 8192..(4 << 20) - 8192 + 5000);
+        memory.read_slice(&mut last, GuestAddress(range.end - 1)).unwrap();
+        assert_eq!(last, [8]);
     }
 
     #[test]
     fn a_missing_file_is_named() {
-        let error = load_initramfs(&memory(), Path::new("/no/such/file"), 0..8 << 20).unwrap_err();
+        let error =
+            load_initramfs(&memory(), Initramfs::File(Path::new("/no/such/file")), 0..8 << 20).unwrap_err();
         assert_eq!(error.to_string(), "Cannot read initramfs /no/such/file");
     }
 

@@ -24,8 +24,10 @@ pub const MIN_MEMORY: u64 = 64 << 20;
 pub const MAX_MEMORY: u64 = 512 << 30;
 /// What a guest gets when the user gives no memory, in bytes.
 pub const DEFAULT_MEMORY: u64 = 512 << 20;
-/// Shares that fit on the PCI bus beside the host bridge.
+/// Shares that a guest can have.
 pub const MAX_SHARES: usize = 24;
+/// Devices that fit on the PCI bus beside the host bridge.
+pub const MAX_DEVICES: usize = 31;
 /// What the command line begins with; what the user gives comes after it, and so wins.
 /// `reboot=a`: with hardware-reduced ACPI and no EFI, Linux would otherwise reset by way of a BIOS that is not there.
 pub const DEFAULT_COMMAND_LINE: &str = "console=ttyS0 panic=-1 reboot=a";
@@ -184,6 +186,12 @@ pub enum ConfigError {
     /// Too many shares.
     #[error("{0} shares: at most {MAX_SHARES} fit on the PCI bus")]
     Shares(usize),
+    /// Too many devices.
+    #[error(
+        "{0} devices (shares, disks, the entropy source, the console): at most {MAX_DEVICES} fit on the PCI bus; \
+         leave out a share or a disk"
+    )]
+    Devices(usize),
     /// Two shares of one name.
     #[error("Two shares have the tag `{0}`: the guest could not tell them apart")]
     DuplicateTag(String),
@@ -212,6 +220,11 @@ impl ValidConfig {
         }
         if config.shares.len() > MAX_SHARES {
             return Err(ConfigError::Shares(config.shares.len()));
+        }
+        // The ports' device is counted always, so that no configuration depends on what the guest is wired to.
+        let devices = config.shares.len() + config.disks.len() + usize::from(config.rng) + 1;
+        if devices > MAX_DEVICES {
+            return Err(ConfigError::Devices(devices));
         }
         for (i, share) in config.shares.iter().enumerate() {
             if config.shares[..i].iter().any(|other| other.tag == share.tag) {
@@ -279,6 +292,14 @@ mod tests {
         assert_eq!(ValidConfig::new(twins).unwrap_err(), ConfigError::DuplicateTag("a".into()));
         let many = VmConfig { shares: (0..25).map(|i| share(&i.to_string())).collect(), ..config() };
         assert_eq!(ValidConfig::new(many).unwrap_err(), ConfigError::Shares(25));
+        let disk = DiskConfig { path: "d".into(), read_only: true };
+        let disks = |count, rng| {
+            let shares = (0..24).map(|i| share(&i.to_string())).collect();
+            ValidConfig::new(VmConfig { shares, disks: vec![disk.clone(); count], rng, ..config() }).err()
+        };
+        assert_eq!(disks(6, false), None);
+        assert_eq!(disks(6, true), Some(ConfigError::Devices(32)));
+        assert_eq!(disks(7, false), Some(ConfigError::Devices(32)));
     }
 
     #[test]

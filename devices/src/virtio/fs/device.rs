@@ -14,7 +14,9 @@ use super::counters::{CountersHandle, Counts};
 use super::policy::Policy;
 use super::server::{Server, ServerConfig};
 use super::window::{DaxWindow, WindowSizeError, check_window_size};
-use crate::virtio::device::{ActivateError, Activation, HostMemory, SharedMemory, VirtioDevice};
+use crate::virtio::device::{
+    ActivateError, Activation, HostMemory, SharedMemory, VirtioDevice, read_config_space,
+};
 use crate::virtio::worker::{ChainError, ChainHandler, QueueWorker};
 
 /// VIRTIO_ID_FS.
@@ -178,11 +180,7 @@ impl VirtioDevice for FileSystemDevice {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let space = self.config_space();
-        let rest = usize::try_from(offset).ok().and_then(|offset| space.get(offset..)).unwrap_or_default();
-        let len = rest.len().min(data.len());
-        data[..len].copy_from_slice(&rest[..len]);
-        data[len..].fill(0);
+        read_config_space(&self.config_space(), offset, data);
     }
 
     fn shared_memory(&self) -> Option<SharedMemory> {

@@ -1,10 +1,8 @@
 //! The device as the transport sees it, with real queues and threads.
 
-use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
 
 use fuse_backend_rs::abi::fuse_abi::{InHeader, InitIn, InitOut, OutHeader};
 use tempfile::TempDir;
@@ -15,12 +13,12 @@ use virtio_queue::mock::MockSplitQueue;
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::interrupt::Interrupt;
 use crate::virtio::device::{Activation, ActiveQueue, DeviceMemory, VirtioDevice};
 use crate::virtio::fs::abi::{init, opcode};
 use crate::virtio::fs::policy::Policy;
 use crate::virtio::fs::testing::FakeGuest;
 use crate::virtio::fs::{FileSystemConfig, FileSystemDevice, MAX_REQUEST_QUEUES};
+use crate::virtio::testing::{Bell, wait_for};
 
 fn config(path: &Path) -> FileSystemConfig {
     FileSystemConfig {
@@ -105,23 +103,6 @@ fn a_link_to_a_directory_can_be_shared_and_moved() {
     }
 }
 
-struct Bell(AtomicUsize);
-
-impl Interrupt for Bell {
-    fn trigger(&self) -> io::Result<()> {
-        self.0.fetch_add(1, Ordering::SeqCst);
-        Ok(())
-    }
-}
-
-fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !condition() {
-        assert!(start.elapsed() < Duration::from_secs(20), "timed out waiting for {what}");
-        std::thread::sleep(Duration::from_millis(1));
-    }
-}
-
 /// INIT through a ring, twice, with a reset between; then a chain that stops the queue.
 #[test]
 fn queues_are_served_by_threads_until_reset() {
@@ -133,7 +114,7 @@ fn queues_are_served_by_threads_until_reset() {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap();
         let queue = MockSplitQueue::new(&memory, 16);
         let doorbell = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        let bell = Arc::new(Bell(AtomicUsize::new(0)));
+        let bell = Arc::new(Bell::default());
         let resets = Arc::new(AtomicUsize::new(0));
         let counted = Arc::clone(&resets);
         let active = ActiveQueue {
@@ -164,7 +145,7 @@ fn queues_are_served_by_threads_until_reset() {
 
         if round < 2 {
             wait_for("the reply", || queue.used().idx().load() == 1);
-            wait_for("the interrupt", || bell.0.load(Ordering::SeqCst) == 1);
+            wait_for("the interrupt", || bell.count() == 1);
             let header: OutHeader = memory.read_obj(GuestAddress(REPLY)).unwrap();
             assert_eq!((header.len, header.error, header.unique), (80, 0, round));
             let out: InitOut = memory.read_obj(GuestAddress(REPLY + 16)).unwrap();
