@@ -3,5 +3,5 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    vmm::cli::main()
+    if vmm::guest::is_init() { vmm::guest::main() } else { vmm::cli::main() }
 }

@@ -9,10 +9,11 @@ use std::thread;
 use rustix::io::Errno;
 use rustix::system::RebootCommand;
 use rustix::termios::{OptionalActions, tcdrain, tcgetattr, tcsetattr};
+use vmm::guest::kernel;
 
 use super::ops::system;
 use super::wire::{INIT, READY, write_line};
-use super::{Agent, End, Failure, GuestPath, Mount};
+use super::{Agent, End, Failure, GuestPath};
 
 /// Kernel messages up to this level (notice) go to the console while the agent has it.
 const SHOWN: u32 = 5;
@@ -22,27 +23,13 @@ type Console = Arc<Mutex<File>>;
 /// Boots the guest's user space and serves the driver; returns only if the console is lost.
 pub fn init() -> Result<(), Failure> {
     println!("{INIT}");
-    for (fstype, target) in [("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev"), ("tmpfs", "/tmp")] {
-        mount_once(fstype, target)?;
+    for (fstype, target) in kernel::FILE_SYSTEMS.into_iter().chain([("tmpfs", "/tmp")]) {
+        kernel::mount_once(fstype, Path::new(target)).map_err(|error| Failure::from(error).within(target))?;
     }
     let console = open_console()?;
     load_modules(Path::new("/modules"))?;
     let end = serve(console)?;
     leave(end)
-}
-
-fn mount_once(fstype: &str, target: &str) -> Result<(), Failure> {
-    let mount = Mount {
-        fstype: fstype.into(),
-        source: fstype.into(),
-        target: GuestPath::from(target),
-        options: String::new(),
-    };
-    match system::mount(&mount) {
-        // The kernel mounts devtmpfs itself when it is told to.
-        Err(failure) if failure.errno == Some(Errno::BUSY.raw_os_error()) => Ok(()),
-        other => other.map_err(|failure| failure.within(target)),
-    }
 }
 
 /// Opens the console that the kernel was told to use last, for lines of any length and any bytes, and makes it standard
@@ -69,11 +56,8 @@ fn load_modules(dir: &Path) -> Result<(), Failure> {
         Err(error) => return Err(error.into()),
     };
     for name in order.split_whitespace() {
-        let load = || Ok::<_, Failure>(rustix::system::finit_module(File::open(dir.join(name))?, c"", 0)?);
-        match load() {
-            Err(failure) if failure.errno == Some(Errno::EXIST.raw_os_error()) => {}
-            other => other.map_err(|failure| failure.within(format_args!("module {name}")))?,
-        }
+        kernel::load_module(&dir.join(name))
+            .map_err(|error| Failure::from(error).within(format_args!("module {name}")))?;
     }
     Ok(())
 }
@@ -103,7 +87,7 @@ fn forward(mut log: File, console: &Console) {
     loop {
         match log.read(&mut record) {
             Ok(len) => {
-                if let (..=SHOWN, Some(text)) = system::message(&record[..len]) {
+                if let (..=SHOWN, Some(text)) = kernel::message(&record[..len]) {
                     // Nobody could be told that the console is gone.
                     let _ = lock(console).write_all(format!("{text}\n").as_bytes());
                 }

@@ -12,7 +12,9 @@ pub const TASK_FILE: &str = "/task.json";
 /// Where the initramfs has kernel modules, uncompressed, as `NAME.ko`.
 pub const MODULES_DIR: &str = "/modules";
 
-/// The port of [`ToGuest`] and [`FromGuest`]. A port's name is in `/sys/class/virtio-ports/*/name`.
+/// The port of [`ToGuest`] and [`FromGuest`]. It must be the last port of its device: the guest takes the connection of
+/// this port as the sign that all others are connected too, since a read from a port that is not returns 0, like the end
+/// of the input. A port's name is in `/sys/class/virtio-ports/*/name`.
 pub const PORT_CONTROL: &str = "org.daxvm.control";
 /// The command's standard input; the port's host end closes at the end of the input.
 pub const PORT_STDIN: &str = "org.daxvm.stdin";
@@ -88,6 +90,19 @@ pub struct Command {
     pub window: Option<WindowSize>,
 }
 
+impl Command {
+    /// The port of each standard stream; a terminal has one for its output.
+    pub fn ports(&self) -> [Option<&'static str>; 3] {
+        let [input, output, error] = self.stdio;
+        let shared = error == Stdio::Terminal && output == Stdio::Terminal;
+        [
+            (input != Stdio::Null).then_some(PORT_STDIN),
+            (output != Stdio::Null).then_some(PORT_STDOUT),
+            (error != Stdio::Null && !shared).then_some(PORT_STDERR),
+        ]
+    }
+}
+
 /// What a standard stream is to the command.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -114,14 +129,16 @@ pub struct WindowSize {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "message", rename_all = "kebab-case")]
 pub enum ToGuest {
-    /// Send a signal (a number of Linux) to the command and all that it has started.
+    /// Send a signal (a number of Linux) to the command's process group, and to the foreground process group of its
+    /// terminal.
     Signal {
         /// Its number.
         signal: i32,
     },
     /// The terminal has a new size.
     Window(WindowSize),
-    /// Nobody reads an output any more: its reader in the guest goes away too, so that writers get SIGPIPE.
+    /// Nobody reads an output any more: its reader in the guest goes away too, so that writers get SIGPIPE, or SIGHUP
+    /// when it is a terminal.
     OutputClosed {
         /// 1 or 2.
         stream: u8,

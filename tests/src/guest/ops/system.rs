@@ -1,14 +1,13 @@
 //! Mounts, the kernel's files, PCI devices and programs.
 
 use std::fs::{self, File};
-use std::io::{Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
 
-use rustix::fs::OFlags;
 use rustix::mount::{MountFlags, UnmountFlags};
+use vmm::guest::kernel::KernelLog;
 
 use crate::guest::{CommandOutput, Failure, GuestPath, Mount, PciDevice};
 
@@ -45,27 +44,9 @@ pub fn drop_caches() -> Result<(), Failure> {
 
 /// The kernel's messages that contain a text.
 pub fn kernel_log(text: &str) -> Result<Vec<String>, Failure> {
-    let mut log =
-        File::options().read(true).custom_flags(OFlags::NONBLOCK.bits() as i32).open("/dev/kmsg")?;
-    let mut found = Vec::new();
-    let mut record = [0; 8192];
-    loop {
-        match log.read(&mut record) {
-            Ok(len) => found.extend(message(&record[..len]).1.filter(|message| message.contains(text))),
-            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return Ok(found),
-            // Records that were overwritten meanwhile: the next read goes on with the oldest there is.
-            Err(error) if error.raw_os_error() == Some(rustix::io::Errno::PIPE.raw_os_error()) => {}
-            Err(error) => return Err(error.into()),
-        }
-    }
-}
-
-/// The level and the text of a record of /dev/kmsg.
-pub fn message(record: &[u8]) -> (u32, Option<String>) {
-    let text = String::from_utf8_lossy(record);
-    let Some((prefix, message)) = text.split_once(';') else { return (0, None) };
-    let level = prefix.split(',').next().and_then(|number| number.parse::<u32>().ok()).unwrap_or(0) & 7;
-    (level, message.lines().next().map(str::to_owned))
+    let mut found = KernelLog::from_start()?.messages()?;
+    found.retain(|message| message.contains(text));
+    Ok(found)
 }
 
 /// Runs a program.
