@@ -37,9 +37,8 @@ pub(super) fn command(reason: &ExitReason, context: &Context, console: impl FnOn
         // Neither has anything to do with the kernel.
         ExitReason::NotRun { .. } | ExitReason::Stopped(_) => format!("daxvm: {text}.\n"),
         _ => {
-            let console = console();
-            let advice = advice(reason, context, console.is_empty());
-            with_console(text + &advice, &console)
+            let text = text + &advice(reason, context);
+            with_console(text, &console())
         }
     };
     eprint!("{text}");
@@ -64,7 +63,7 @@ fn sentence(reason: &ExitReason, context: &Context) -> Option<String> {
 }
 
 /// What can be done about a guest whose init never ran.
-fn advice(reason: &ExitReason, context: &Context, console_is_empty: bool) -> String {
+fn advice(reason: &ExitReason, context: &Context) -> String {
     let mut advice = String::new();
     if context.is_ready {
         return advice;
@@ -80,7 +79,7 @@ fn advice(reason: &ExitReason, context: &Context, console_is_empty: bool) -> Str
              virtio-pci, virtio-console, virtiofs and overlay must be built in: if they are not, give --modules DIR"
         );
     }
-    if console_is_empty {
+    if !context.plan.machine.cmdline.contains("loglevel") {
         advice.push_str(". To see how far the kernel comes, add `--console stderr --cmdline loglevel=7`");
     }
     advice
