@@ -1,13 +1,14 @@
 //! What the program does inside a guest, as PID 1: it is the `/init` of the initramfs that the runner makes in memory
 //! ([`image`]).
 //!
-//! In this order: the kernel's own file systems, the modules, the ports ([`ports`]), [`FromGuest::Ready`]; the root and
-//! what is mounted in it ([`root`], [`mounts`]); the command and its streams ([`session`]); the end of all that is left
-//! ([`end`]), the last message, and power off. A step that fails is told by [`FromGuest::Failed`] and on the console.
+//! In this order: the kernel's own file systems, the modules, the ports (`ports`), [`FromGuest::Ready`]; the root and
+//! what is mounted in it (`root`, `mounts`); the command and its streams (`session`); the end of all that is left
+//! (`end`), the last message, and power off. A step that fails is told by [`FromGuest::Failed`] and on the console.
 //!
 //! What a command finds: the root as the task wants it; `/proc`, `/sys`, `/dev` and what belongs into them; a new tmpfs
 //! on `/run`, since sockets and locks of the host mean nothing here; the root's own `/tmp`, which an overlay makes
-//! writable, or a new tmpfs when the root is read-only. A tmpfs never hides the command's own directory.
+//! writable, or a new tmpfs when the root is read-only. A tmpfs never hides the command's own directory. Mount points
+//! that are missing are made where the root can be written to.
 
 mod command;
 mod end;

@@ -12,9 +12,11 @@ pub const TASK_FILE: &str = "/task.json";
 /// Where the initramfs has kernel modules, uncompressed, as `NAME.ko`.
 pub const MODULES_DIR: &str = "/modules";
 
-/// The port of [`ToGuest`] and [`FromGuest`]. It must be the last port of its device: the guest takes the connection of
-/// this port as the sign that all others are connected too, since a read from a port that is not returns 0, like the end
-/// of the input. A port's name is in `/sys/class/virtio-ports/*/name`.
+/// The port of [`ToGuest`] and [`FromGuest`]. A port's name is in `/sys/class/virtio-ports/*/name`.
+///
+/// It must be the last port of its device: the guest takes the connection of this port as the sign that all others are
+/// connected too, since a read from a port that is not returns 0, like the end of the input. Its host end must stay open
+/// until the guest has ended: nothing can be written to a closed port.
 pub const PORT_CONTROL: &str = "org.daxvm.control";
 /// The command's standard input; the port's host end closes at the end of the input.
 pub const PORT_STDIN: &str = "org.daxvm.stdin";

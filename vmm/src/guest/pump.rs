@@ -11,9 +11,9 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use rustix::pipe::{SpliceFlags, splice};
 
-/// Bytes in a pipe of the command, and so the most that one splice puts into a port's queue: a queue of pages that a
-/// slow reader leaves there is memory of the guest.
-pub const PIPE_SIZE: usize = 256 << 10;
+/// Bytes in a pipe of the command, and so the most that one splice puts into an entry of a port's queue: a full queue of
+/// such pages, which a slow reader leaves there, is memory of the guest (16 MiB with 128 entries).
+pub const PIPE_SIZE: usize = 128 << 10;
 /// Bytes that are copied at a time.
 const CHUNK: usize = 64 << 10;
 
