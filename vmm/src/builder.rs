@@ -7,6 +7,7 @@ use std::time::Instant;
 use devices::bus::BusError;
 use devices::legacy::{AcpiSleep, KeyboardController, PowerEvent, SerialPort};
 use devices::pci::{ConfigPorts, Ecam};
+use devices::virtio::block::{BlockConfig, BlockDevice, DiskCountersHandle, DiskError};
 use devices::virtio::console::{ConsoleDevice, ConsoleError, Port, PortsHandle};
 use devices::virtio::device::{DeviceMemory, VirtioDevice};
 use devices::virtio::fs::policy::RuleFileError;
@@ -22,7 +23,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::arch::x86_64::entry::{self, EntryError, EntryPoint};
 use crate::arch::x86_64::{acpi, cpuid};
 use crate::boot::{self, Boot, BootError, Initramfs};
-use crate::config::{ShareConfig, ValidConfig};
+use crate::config::{DiskConfig, ShareConfig, ValidConfig};
 use crate::console::{ConsoleLog, ConsoleOutput};
 use crate::device_manager::DeviceManager;
 use crate::exit::Buses;
@@ -74,6 +75,9 @@ pub enum BuildError {
         #[source]
         source: RuleFileError,
     },
+    /// A disk.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// The ports of the wiring.
     #[error(transparent)]
     Ports(#[from] ConsoleError),
@@ -129,6 +133,10 @@ pub(crate) fn build(config: ValidConfig, wiring: Wiring) -> Result<Vm, BuildErro
     if config.rng {
         manager.add(Box::new(RngDevice::default()))?;
     }
+    let disks = (0..)
+        .zip(&config.disks)
+        .map(|(index, disk)| add_disk(&mut manager, index, disk, &config))
+        .collect::<Result<_, _>>()?;
     let shares = config
         .shares
         .iter()
@@ -146,6 +154,7 @@ pub(crate) fn build(config: ValidConfig, wiring: Wiring) -> Result<Vm, BuildErro
         panicked: console.panicked,
         console_log: console.log,
         shares,
+        disks,
         ports,
         config,
         started,
@@ -212,7 +221,7 @@ fn add_legacy_devices(buses: &Buses, console: &ConsoleParts, ending: &Ending) ->
 const KEYBOARD_PORTS: u64 = KeyboardController::<fn(PowerEvent)>::SIZE;
 const ACPI_SLEEP_PORTS: u64 = AcpiSleep::<fn(PowerEvent)>::SIZE;
 
-/// Request queues of a share: one a vCPU, so that none waits for another's request, up to what a host can serve.
+/// Request queues of a share or a disk: one a vCPU, so that none waits for another's request, up to what a host can serve.
 const MAX_REQUEST_QUEUES: u8 = 8;
 
 fn add_share(
@@ -252,6 +261,23 @@ fn add_ports(manager: &mut DeviceManager, ports: Vec<Port>) -> Result<PortsHandl
     let handle = device.ports();
     manager.add(Box::new(device))?;
     Ok(handle)
+}
+
+fn add_disk(
+    manager: &mut DeviceManager,
+    index: usize,
+    disk: &DiskConfig,
+    config: &ValidConfig,
+) -> Result<DiskCountersHandle, BuildError> {
+    let device = BlockDevice::new(BlockConfig {
+        path: disk.path.clone(),
+        read_only: disk.read_only,
+        id: format!("disk{index}"),
+        queues: config.cpus.min(MAX_REQUEST_QUEUES).into(),
+    })?;
+    let counters = device.counters();
+    manager.add(Box::new(device))?;
+    Ok(counters)
 }
 
 fn load_guest(

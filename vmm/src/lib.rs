@@ -34,6 +34,7 @@ pub use memory::MemoryError;
 pub use outcome::{ExitReason, Stop};
 pub use report::{Report, Timing};
 
+pub use devices::virtio::block::{DiskCounters, DiskError};
 pub use devices::virtio::console::{ConsoleError, PortCounters};
 pub use devices::virtio::fs::FileSystemCounters;
 pub use vm::{ConsoleInput, Ending, Port, PortsHandle, Vm, Wiring};

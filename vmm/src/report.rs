@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::path::Path;
 use std::time::Duration;
 
+use devices::virtio::block::DiskCounters;
 use devices::virtio::console::PortCounters;
 use devices::virtio::fs::{CountersHandle, FileSystemCounters};
 use serde::Serialize;
@@ -27,6 +28,8 @@ pub struct Report {
     pub vmm_memory_kib: Option<u64>,
     /// The shares.
     pub shares: Vec<FileSystemCounters>,
+    /// The disks.
+    pub disks: Vec<DiskCounters>,
     /// The ports of the virtio-console device.
     pub ports: Vec<PortCounters>,
 }
@@ -70,8 +73,9 @@ impl Report {
         let smaps = fs::read_to_string("/proc/self/smaps").ok();
         let vmm_memory_kib = smaps.map(|smaps| own_memory(&smaps, &guest));
         let shares = parts.shares.iter().map(|share| share.counters.snapshot()).collect();
+        let disks = parts.disks.iter().map(|disk| disk.snapshot()).collect();
         let ports = parts.ports.counters();
-        Report { reason, status, timing, vmm_memory_kib, shares, ports }
+        Report { reason, status, timing, vmm_memory_kib, shares, disks, ports }
     }
 
     /// Writes the report as JSON.

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use devices::legacy::{PowerEvent, SerialPort};
+use devices::virtio::block::DiskCountersHandle;
 pub use devices::virtio::console::{Port, PortsHandle};
 use devices::virtio::device::DeviceMemory;
 use kvm_ioctls::VcpuFd;
@@ -42,6 +43,7 @@ pub(crate) struct Parts {
     pub panicked: EventFd,
     pub console_log: Arc<Mutex<ConsoleLog>>,
     pub shares: Vec<ShareCounters>,
+    pub disks: Vec<DiskCountersHandle>,
     pub ports: PortsHandle,
     pub config: ValidConfig,
     pub started: Instant,

@@ -146,6 +146,30 @@ impl<'m> IoVectors<'m> {
         })
     }
 
+    /// Writes to `fd` from the byte `offset` on; else as [`IoVectors::write_to`].
+    ///
+    /// # Errors
+    /// What pwritev(2) says.
+    pub fn write_at(&mut self, fd: BorrowedFd, offset: u64) -> io::Result<usize> {
+        self.carry_out(|vectors| {
+            let count = vectors.len() as libc::c_int;
+            // SAFETY: as in `write_to`.
+            unsafe { libc::pwritev(fd.as_raw_fd(), vectors.as_ptr(), count, offset as libc::off_t) }
+        })
+    }
+
+    /// Reads from `fd` from the byte `offset` on; else as [`IoVectors::read_from`].
+    ///
+    /// # Errors
+    /// What preadv(2) says.
+    pub fn read_at(&mut self, fd: BorrowedFd, offset: u64) -> io::Result<usize> {
+        self.carry_out(|vectors| {
+            let count = vectors.len() as libc::c_int;
+            // SAFETY: as in `read_from`.
+            unsafe { libc::preadv(fd.as_raw_fd(), vectors.as_ptr(), count, offset as libc::off_t) }
+        })
+    }
+
     /// Fills the first vector with entropy of the host, as much of it as one system call gives, and drops what was filled;
     /// returns its length.
     ///

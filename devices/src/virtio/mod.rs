@@ -1,5 +1,6 @@
 //! Virtio devices (virtio 1.2) and the transport that carries them.
 
+pub mod block;
 mod buffers;
 pub mod console;
 pub mod device;
