@@ -9,7 +9,6 @@ use devices::legacy::{AcpiSleep, KeyboardController, PowerEvent, SerialPort};
 use devices::pci::{ConfigPorts, Ecam};
 use devices::virtio::device::{DeviceMemory, VirtioDevice};
 use devices::virtio::fs::policy::RuleFileError;
-use devices::virtio::fs::window::default_window_size;
 use devices::virtio::fs::{FileSystemConfig, FileSystemDevice, FileSystemError};
 use devices::virtio::pci::VirtioPciError;
 use kvm_bindings::CpuId;
@@ -210,13 +209,11 @@ fn add_share(
     config: &ValidConfig,
 ) -> Result<ShareCounters, BuildError> {
     let policy = share.dax.load().map_err(|source| BuildError::Policy { tag: share.tag.clone(), source })?;
-    // A window that no file could use would only cost the guest memory.
-    let default_window = || if policy.may_grant() { default_window_size(config.memory) } else { 0 };
     let device = FileSystemDevice::new(FileSystemConfig {
         tag: share.tag.clone(),
         path: share.path.clone(),
         read_only: share.read_only,
-        window_size: share.window.unwrap_or_else(default_window),
+        window_size: share.window_size(&policy, config.memory),
         policy,
         cache: share.cache,
         request_queues: config.cpus.min(MAX_REQUEST_QUEUES).into(),
