@@ -13,6 +13,7 @@ mod share;
 
 use std::process::ExitCode;
 
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 pub(crate) use devices::text::chain;
 
@@ -46,6 +47,7 @@ pub fn main() -> ExitCode {
     let cli = match command().try_get_matches().and_then(|matches| Cli::from_arg_matches(&matches)) {
         Ok(cli) => cli,
         Err(error) => {
+            let error = with_tip(error);
             // Help and version are no errors.
             let status = if error.use_stderr() { STATUS_ERROR } else { 0 };
             let _ = error.print();
@@ -67,6 +69,20 @@ pub fn main() -> ExitCode {
             ExitCode::from(STATUS_ERROR)
         }
     }
+}
+
+/// Says where a command goes that was given without `--`.
+fn with_tip(mut error: clap::Error) -> clap::Error {
+    let run = std::env::args_os().nth(1).is_some_and(|subcommand| subcommand == "run");
+    let argument = match error.get(ContextKind::InvalidArg) {
+        Some(ContextValue::String(argument)) if run && !argument.starts_with('-') => argument.clone(),
+        _ => return error,
+    };
+    if error.kind() == ErrorKind::UnknownArgument {
+        let tip = format!("a command comes after `--`: daxvm run [OPTIONS] -- {argument}");
+        error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![tip.into()]));
+    }
+    error
 }
 
 fn init_logging() {

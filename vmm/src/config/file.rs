@@ -47,7 +47,8 @@ impl RunConfig {
         config.map_err(|mistakes| ConfigFileError::Mistakes { path: path.to_owned(), mistakes })
     }
 
-    /// Like [`RunConfig::load`], and looks for everything that is wrong.
+    /// Like [`RunConfig::load`], and looks for everything that is wrong. A file without a command and an initramfs is
+    /// taken for one to which the command line gives the command.
     ///
     /// # Errors
     /// As for `load`, and what is wrong with the configuration as a whole, at its place in the file.
@@ -55,7 +56,12 @@ impl RunConfig {
         let text = read(path)?;
         let wrong = |mistakes| ConfigFileError::Mistakes { path: path.to_owned(), mistakes };
         let config = RunConfig::parse(&text, path).map_err(wrong)?;
-        let problems = config.problems();
+        let mut whole = config.clone();
+        if whole.command.is_empty() && whole.initrd.is_none() {
+            // The command is one for the command line.
+            whole.command.push("true".into());
+        }
+        let problems = whole.problems();
         if problems.is_empty() {
             return Ok(config);
         }

@@ -102,7 +102,7 @@ pub fn parse_variable(text: &str) -> Result<(String, Option<String>), String> {
 
 fn check_variable(name: &str, value: &str) -> Result<(), String> {
     if name.is_empty() || name.contains(['=', '\0']) {
-        return Err(format!("`{name}` is no name of an environment variable: write NAME=VALUE or NAME"));
+        return Err(format!("{name:?} is no name of an environment variable: write NAME=VALUE or NAME"));
     }
     match value.contains('\0') {
         true => Err(format!("the value of `{name}` has a NUL, which no environment can hold")),
