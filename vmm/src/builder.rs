@@ -144,11 +144,15 @@ pub(crate) fn build(config: ValidConfig, console: Box<dyn io::Write + Send>) -> 
 }
 
 fn open_kvm() -> Result<Kvm, BuildError> {
-    Kvm::new().map_err(|error| match error.errno() {
+    Kvm::new().map_err(not_opened)
+}
+
+fn not_opened(error: kvm_ioctls::Error) -> BuildError {
+    match error.errno() {
         libc::ENOENT | libc::ENODEV | libc::ENXIO => BuildError::NoKvm(error),
         libc::EACCES | libc::EPERM => BuildError::KvmPermission(error),
         _ => BuildError::Kvm("be opened", error),
-    })
+    }
 }
 
 /// The VM with its interrupt controllers. There is no PIT: the tables say hardware-reduced, and Linux takes its time
@@ -272,4 +276,21 @@ fn map_ram(slots: &Arc<Slots>, ram: &GuestRam) -> Result<Vec<Slot>, BuildError> 
             unsafe { slots.map(host, range.end - range.start, range.start) }.map_err(BuildError::from)
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_kvm_the_message_says_how_to_get_it() {
+        for (errno, says) in [
+            (libc::ENOENT, "load the module kvm_intel or kvm_amd"),
+            (libc::ENODEV, "enable virtualisation in the firmware"),
+            (libc::EACCES, "add the user to the group `kvm`"),
+        ] {
+            let message = not_opened(kvm_ioctls::Error::new(errno)).to_string();
+            assert!(message.contains("/dev/kvm") && message.contains(says), "{message}");
+        }
+    }
 }

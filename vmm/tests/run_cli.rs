@@ -50,8 +50,8 @@ fn mistakes_on_the_command_line_are_named_with_the_remedy() {
         (&["--root", "data,rww"], &["--root", "did you mean `rw`"]),
         (&["--root", "none", "--", "ls"], &["--root", "/none: No such file", "give a directory that exists"]),
         (
-            &["--root", "data", "--rw", "disk.img", "--", "ls"],
-            &["--rw", "outside of the root", "--share tag="],
+            &["--root", "data,ro", "--rw", "disk.img", "--", "ls"],
+            &["--rw", "has no such place", "/data,overlay"],
         ),
         (
             &["--disk", "data", "--kernel", "bzImage"],

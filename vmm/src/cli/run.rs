@@ -63,7 +63,7 @@ pub struct RunArgs {
         long, value_name = "DIR[,rw|ro|overlay][,KEY=VALUE]", value_parser = parse_root, help_heading = "Directories"
     )]
     root: Option<RootConfig>,
-    /// A directory or a file below the root that the command may change on the host; may be repeated
+    /// A directory or a file of the host that the command may change, found where it is on the host; may be repeated
     #[arg(long, value_name = "PATH", help_heading = "Directories")]
     rw: Vec<PathBuf>,
     /// Share a directory: tag=TAG,path=DIR and, if wanted, ro, window=SIZE, dax=POLICY (never, always, inode, size,
@@ -71,7 +71,8 @@ pub struct RunArgs {
     /// is written twice
     #[arg(long = "share", value_name = "KEY=VALUE,...", value_parser = parse_share, help_heading = "Directories")]
     shares: Vec<ShareConfig>,
-    /// Set an environment variable for the command, or pass on the caller's; may be repeated
+    /// Set an environment variable for the command, or pass on the caller's, as is done with PATH, TERM, LANG and, when the
+    /// root is the host's, HOME, USER and LOGNAME; may be repeated
     #[arg(long, value_name = "NAME[=VALUE]", value_parser = parse_variable, help_heading = "Command")]
     env: Vec<(String, Option<String>)>,
     /// The command's working directory; by default the caller's
@@ -80,7 +81,7 @@ pub struct RunArgs {
     /// End the guest after this time: 90s, 5m, 1h
     #[arg(long, value_name = "TIME", value_parser = parse_limit, help_heading = "Command")]
     timeout: Option<Duration>,
-    /// End the guest when it shows no sign of life for this time before its init runs
+    /// End the guest when it shows no sign of life for this time before its init runs; 10s by default
     #[arg(long, value_name = "TIME", value_parser = parse_limit, help_heading = "Command")]
     boot_timeout: Option<Duration>,
     /// Where the guest's console goes; with a command its last lines are shown when the guest fails

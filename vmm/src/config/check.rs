@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use devices::text::chain;
 
 use super::{DaxConfig, MAX_SHARES, RootConfig, RunConfig};
+use crate::guest::protocol::RootMode;
 
 /// Something wrong with a configuration. The message names what to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -111,14 +112,12 @@ impl RunConfig {
             Ok(real) => real,
             Err(error) => return Some(format!("{error}: make it first, or name one that exists")),
         };
-        let root = fs::canonicalize(&self.root.path).ok()?;
-        (!real.starts_with(&root)).then(|| {
-            format!(
-                "it is outside of the root {}, so the command would not find it: share it with \
-                 --share tag=TAG,path={} and let the command mount it",
-                self.root.path.display(),
-                path.display()
-            )
+        // It is mounted where it is on the host, and only a root that takes changes can be given a place for that.
+        let root = &self.root.path;
+        let place = root.join(real.strip_prefix("/").unwrap_or(&real));
+        (self.root.mode == RootMode::Ro && !place.exists()).then(|| {
+            let root = root.display();
+            format!("the root {root} has no such place, and takes none: use --root {root},overlay")
         })
     }
 
@@ -284,9 +283,13 @@ mod tests {
                 "give one",
             ),
             (
-                RunConfig { root: other_root(), rw: vec![outside], ..command() },
-                "outside of the root",
-                "--share tag=",
+                RunConfig {
+                    root: RootConfig { mode: RootMode::Ro, ..other_root() },
+                    rw: vec![outside],
+                    ..command()
+                },
+                "has no such place",
+                "/root,overlay",
             ),
             (RunConfig { rw: vec![none()], ..command() }, "--rw /nonexistent/x: No such", "make it first"),
             (RunConfig { rw: vec!["/".into()], ..guest() }, "--rw is for", "give one after `--`"),

@@ -46,7 +46,7 @@ pub struct RunConfig {
     #[serde(with = "values::limit", skip_serializing_if = "Option::is_none")]
     #[schemars(schema_with = "values::limit_schema")]
     pub timeout: Option<Duration>,
-    /// How long the guest may show no sign of life before its init runs.
+    /// How long the guest may show no sign of life before its init runs; 10 seconds by default.
     #[serde(with = "values::limit", skip_serializing_if = "Option::is_none")]
     #[schemars(schema_with = "values::limit_schema")]
     pub boot_timeout: Option<Duration>,
