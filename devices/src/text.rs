@@ -1,5 +1,6 @@
-//! What people write and read: sizes (`512M`), durations (`90s`), and what they probably meant.
+//! What people write and read: sizes (`512M`), durations (`90s`), what they probably meant, and why something failed.
 
+use std::error::Error;
 use std::fmt;
 use std::time::Duration;
 
@@ -66,6 +67,23 @@ pub fn exact_size(bytes: u64) -> String {
     }
 }
 
+/// A duration, printed as [`parse_duration`] reads it: `90s`, or `1500ms`.
+pub fn exact_duration(duration: Duration) -> String {
+    match duration.subsec_nanos() {
+        0 => format!("{}s", duration.as_secs()),
+        nanos if nanos % 1_000_000 == 0 => format!("{}ms", duration.as_millis()),
+        nanos => format!("{}.{nanos:09}s", duration.as_secs()),
+    }
+}
+
+/// The line and the column, both from 1 and the column in characters, of a byte offset in `text`.
+pub fn position(text: &str, offset: usize) -> (usize, usize) {
+    let before = &text.as_bytes()[..offset.min(text.len())];
+    let start = before.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
+    let line = before.iter().filter(|byte| **byte == b'\n').count() + 1;
+    (line, String::from_utf8_lossy(&before[start..]).chars().count() + 1)
+}
+
 /// The one of `known` that `given` is probably meant to be, if one is near.
 pub fn nearest<'a>(given: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     known
@@ -82,6 +100,22 @@ pub fn unknown(what: &str, given: &str, known: &[&str]) -> String {
         Some(candidate) => format!("unknown {what} `{given}`; did you mean `{candidate}`?"),
         None => format!("unknown {what} `{given}`; known are {}", known.join(", ")),
     }
+}
+
+/// An error and its causes, in one line.
+pub fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        // A transparent error says what its source says.
+        if !text.ends_with(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        source = cause.source();
+    }
+    text
 }
 
 #[cfg(test)]
@@ -126,6 +160,26 @@ mod tests {
             assert_eq!(parse_size(exact), Ok(bytes));
         }
         assert_eq!(format!("{:>8}|{:<8}|", Bytes(1), Bytes(1)), "     1 B|1 B     |");
+    }
+
+    #[test]
+    fn durations_are_printed_for_the_parser() {
+        for (duration, text) in [
+            (Duration::ZERO, "0s"),
+            (Duration::from_secs(90), "90s"),
+            (Duration::from_millis(1500), "1500ms"),
+            (Duration::from_micros(2_000_500), "2.000500000s"),
+        ] {
+            assert_eq!(exact_duration(duration), text);
+            assert_eq!(parse_duration(text), Ok(duration));
+        }
+    }
+
+    #[test]
+    fn positions_count_lines_and_characters() {
+        let text = "a\nöb\n";
+        let positions = [0, 1, 2, 4, 5, 6, 99].map(|offset| position(text, offset));
+        assert_eq!(positions, [(1, 1), (1, 2), (2, 1), (2, 2), (2, 3), (3, 1), (3, 1)]);
     }
 
     #[test]

@@ -11,7 +11,6 @@ use devices::virtio::block::{BlockConfig, BlockDevice, DiskCountersHandle, DiskE
 use devices::virtio::console::{ConsoleDevice, ConsoleError, Port, PortsHandle};
 use devices::virtio::device::{DeviceMemory, VirtioDevice};
 use devices::virtio::fs::policy::RuleFileError;
-use devices::virtio::fs::window::default_window_size;
 use devices::virtio::fs::{FileSystemConfig, FileSystemDevice, FileSystemError};
 use devices::virtio::pci::VirtioPciError;
 use devices::virtio::rng::RngDevice;
@@ -165,11 +164,15 @@ pub(crate) fn build(config: ValidConfig, wiring: Wiring) -> Result<Vm, BuildErro
 }
 
 fn open_kvm() -> Result<Kvm, BuildError> {
-    Kvm::new().map_err(|error| match error.errno() {
+    Kvm::new().map_err(not_opened)
+}
+
+fn not_opened(error: kvm_ioctls::Error) -> BuildError {
+    match error.errno() {
         libc::ENOENT | libc::ENODEV | libc::ENXIO => BuildError::NoKvm(error),
         libc::EACCES | libc::EPERM => BuildError::KvmPermission(error),
         _ => BuildError::Kvm("be opened", error),
-    })
+    }
 }
 
 /// The VM with its interrupt controllers. There is no PIT: the tables say hardware-reduced, and Linux takes its time
@@ -230,13 +233,11 @@ fn add_share(
     config: &ValidConfig,
 ) -> Result<ShareCounters, BuildError> {
     let policy = share.dax.load().map_err(|source| BuildError::Policy { tag: share.tag.clone(), source })?;
-    // A window that no file could use would only cost the guest memory.
-    let default_window = || if policy.may_grant() { default_window_size(config.memory) } else { 0 };
     let device = FileSystemDevice::new(FileSystemConfig {
         tag: share.tag.clone(),
         path: share.path.clone(),
         read_only: share.read_only,
-        window_size: share.window.unwrap_or_else(default_window),
+        window_size: share.window_size(&policy, config.memory),
         policy,
         cache: share.cache,
         request_queues: config.cpus.min(MAX_REQUEST_QUEUES).into(),
@@ -327,4 +328,21 @@ fn map_ram(slots: &Arc<Slots>, ram: &GuestRam) -> Result<Vec<Slot>, BuildError> 
             unsafe { slots.map(host, range.end - range.start, range.start) }.map_err(BuildError::from)
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_kvm_the_message_says_how_to_get_it() {
+        for (errno, says) in [
+            (libc::ENOENT, "load the module kvm_intel or kvm_amd"),
+            (libc::ENODEV, "enable virtualisation in the firmware"),
+            (libc::EACCES, "add the user to the group `kvm`"),
+        ] {
+            let message = not_opened(kvm_ioctls::Error::new(errno)).to_string();
+            assert!(message.contains("/dev/kvm") && message.contains(says), "{message}");
+        }
+    }
 }

@@ -1,13 +1,20 @@
 //! The command line: one file a subcommand. Parsing has no side effects.
 
+mod completions;
+mod config;
+mod dry_run;
+mod man;
 mod policy;
+mod root;
 mod run;
+mod sections;
 mod share;
 
-use std::error::Error;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+pub(crate) use devices::text::chain;
 
 /// Exit status of an error of the VMM or of its configuration.
 pub const STATUS_ERROR: u8 = 125;
@@ -22,15 +29,24 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    Run(run::RunArgs),
+    Run(Box<run::RunArgs>),
     Policy(policy::PolicyArgs),
+    Config(config::ConfigArgs),
+    Completions(completions::CompletionsArgs),
+    Man(man::ManArgs),
+}
+
+/// The whole command line, with the sections that follow the options.
+fn command() -> clap::Command {
+    sections::add_to_help(Cli::command())
 }
 
 /// Runs the program; returns its exit status.
 pub fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let cli = match command().try_get_matches().and_then(|matches| Cli::from_arg_matches(&matches)) {
         Ok(cli) => cli,
         Err(error) => {
+            let error = with_tip(error);
             // Help and version are no errors.
             let status = if error.use_stderr() { STATUS_ERROR } else { 0 };
             let _ = error.print();
@@ -41,6 +57,9 @@ pub fn main() -> ExitCode {
     let result = match cli.command {
         Command::Run(args) => args.execute(),
         Command::Policy(args) => args.execute(),
+        Command::Config(args) => args.execute(),
+        Command::Completions(args) => args.execute(),
+        Command::Man(args) => args.execute(),
     };
     match result {
         Ok(status) => ExitCode::from(status),
@@ -51,20 +70,18 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// An error and its causes, in one line.
-pub(crate) fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        // A transparent error says what its source says.
-        if !text.ends_with(&cause_text) {
-            text.push_str(": ");
-            text.push_str(&cause_text);
-        }
-        source = cause.source();
+/// Says where a command goes that was given without `--`.
+fn with_tip(mut error: clap::Error) -> clap::Error {
+    let run = std::env::args_os().nth(1).is_some_and(|subcommand| subcommand == "run");
+    let argument = match error.get(ContextKind::InvalidArg) {
+        Some(ContextValue::String(argument)) if run && !argument.starts_with('-') => argument.clone(),
+        _ => return error,
+    };
+    if error.kind() == ErrorKind::UnknownArgument {
+        let tip = format!("a command comes after `--`: daxvm run [OPTIONS] -- {argument}");
+        error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![tip.into()]));
     }
-    text
+    error
 }
 
 fn init_logging() {

@@ -1,90 +1,153 @@
 //! `daxvm run`: boots a guest.
 
 use std::error::Error;
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
-use devices::text::{parse_duration, parse_size};
 
+use super::dry_run;
+use super::root::{parse_disk, parse_root};
 use super::share::parse_share;
-use crate::config::{RootConfig, RunConfig, ShareConfig};
+use crate::config::{
+    DiskConfig, Host, RootConfig, RunConfig, ShareConfig, parse_cpus, parse_limit, parse_memory,
+    parse_variable,
+};
 
-/// Boot a guest.
+/// Boot a guest, and run a command in it
 ///
-/// Exit status: 0 power-off, 32 reset, 33 crash, 34 kernel panic, 124 timeout, 125 an error of daxvm or of its
-/// configuration, 128+n when signal n ended it.
+/// Without --kernel the guest runs the host's kernel. With a command its root is the host's root directory, or what
+/// --root says, below a layer that takes all changes and vanishes at the end; the command has the caller's working
+/// directory, standard input, output and error. Without a command the guest needs an init of its own (--initrd, or a
+/// disk), and its serial console is standard input and output.
+///
+/// --config takes all of it from a file. The command line wins: single values replace those of the file, as do --root
+/// and the command; --share, --disk, --rw, --env and --cmdline add to those of the file, and a share with the same tag or
+/// a variable with the same name replaces it.
 #[derive(Debug, Args)]
+#[command(override_usage = "daxvm run [OPTIONS] [-- COMMAND [ARGUMENT]...]")]
 pub struct RunArgs {
-    /// The kernel: a bzImage (vmlinuz) or an uncompressed ELF kernel (vmlinux)
-    #[arg(long, value_name = "FILE")]
-    kernel: PathBuf,
-    /// The initramfs
-    #[arg(long, value_name = "FILE")]
+    /// The kernel: a bzImage (vmlinuz), an uncompressed ELF kernel (vmlinux), or a directory with an unpacked kernel
+    /// package; by default the running one
+    #[arg(long, value_name = "FILE|DIR", help_heading = "Machine")]
+    kernel: Option<PathBuf>,
+    /// Where the kernel's modules are: a directory that holds lib/modules/VERSION, or is one; looked for by default
+    #[arg(long, value_name = "DIR", help_heading = "Machine")]
+    modules: Option<PathBuf>,
+    /// The initramfs, for a guest without a command
+    #[arg(long, value_name = "FILE", help_heading = "Machine")]
     initrd: Option<PathBuf>,
     /// Kernel parameters, appended to `console=ttyS0 panic=-1 reboot=a`
-    #[arg(long, value_name = "PARAMETERS", default_value = "", hide_default_value = true)]
-    cmdline: String,
-    /// vCPUs, 1 to 32
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    cpus: u8,
-    /// RAM, 64M or more, in steps of 2M
-    #[arg(long, value_name = "SIZE", default_value = "512M", value_parser = parse_size)]
-    memory: u64,
-    /// Share a directory: tag=TAG,path=DIR and, if wanted, ro, window=SIZE, dax=POLICY (never, always, inode, size,
-    /// size:BYTES, auto, or a rule file); may be repeated
-    #[arg(long = "share", value_name = "KEY=VALUE,...", value_parser = parse_share)]
-    shares: Vec<ShareConfig>,
-    /// End the guest after this time
-    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
-    timeout: Option<Duration>,
-    /// Write a report as JSON when the guest has ended
-    #[arg(long, value_name = "FILE")]
-    report: Option<PathBuf>,
-    #[arg(long, default_value = "/")]
-    root: PathBuf,
-    #[arg(long)]
+    #[arg(long, value_name = "PARAMETERS", help_heading = "Machine")]
+    cmdline: Option<String>,
+    /// vCPUs, 1 to 32; by default those of the host, no more than 8, for a command, and 1 otherwise
+    #[arg(long, value_name = "N", value_parser = parse_cpus, help_heading = "Machine")]
+    cpus: Option<u8>,
+    /// RAM, 64M or more, in steps of 2M; by default a fourth of the host's available memory, from 512M to 4G, for a
+    /// command, and 512M otherwise
+    #[arg(long, value_name = "SIZE", value_parser = parse_memory, help_heading = "Machine")]
+    memory: Option<u64>,
+    /// A disk: a raw image or a block device, which the guest may not write to with `ro`; may be repeated
+    #[arg(long = "disk", value_name = "FILE[,ro]", value_parser = parse_disk, help_heading = "Machine")]
+    disks: Vec<DiskConfig>,
+    /// Whether the guest has a source of randomness (virtio-rng); it has by default
+    #[arg(
+        long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
+        help_heading = "Machine"
+    )]
+    rng: Option<bool>,
+    /// The root directory of a guest with a command, by default the host's `/`. Changes vanish (`overlay`, the default),
+    /// are refused (`ro`) or go to the host (`rw`). dax=POLICY and window=SIZE as for --share
+    #[arg(
+        long, value_name = "DIR[,rw|ro|overlay][,KEY=VALUE]", value_parser = parse_root, help_heading = "Directories"
+    )]
+    root: Option<RootConfig>,
+    /// A directory or a file of the host that the command may change, found where it is on the host; may be repeated
+    #[arg(long, value_name = "PATH", help_heading = "Directories")]
     rw: Vec<PathBuf>,
-    #[arg(long)]
-    env: Vec<String>,
-    #[arg(long)]
-    rng: bool,
-    #[arg(long, value_parser = parse_duration)]
+    /// Share a directory: tag=TAG,path=DIR and, if wanted, ro, window=SIZE, dax=POLICY (never, always, inode, size,
+    /// size:BYTES, auto, or a rule file), cache=MODE (never, auto, metadata, always); may be repeated. A comma in a path
+    /// is written twice
+    #[arg(long = "share", value_name = "KEY=VALUE,...", value_parser = parse_share, help_heading = "Directories")]
+    shares: Vec<ShareConfig>,
+    /// Set an environment variable for the command, or pass on the caller's, as is done with PATH, TERM, LANG and, when the
+    /// root is the host's, HOME, USER and LOGNAME; may be repeated
+    #[arg(long, value_name = "NAME[=VALUE]", value_parser = parse_variable, help_heading = "Command")]
+    env: Vec<(String, Option<String>)>,
+    /// The command's working directory; by default the caller's
+    #[arg(long = "chdir", value_name = "DIR", help_heading = "Command")]
+    directory: Option<PathBuf>,
+    /// End the guest after this time: 90s, 5m, 1h
+    #[arg(long, value_name = "TIME", value_parser = parse_limit, help_heading = "Command")]
+    timeout: Option<Duration>,
+    /// End the guest when it shows no sign of life for this time before its init runs; 10s by default
+    #[arg(long, value_name = "TIME", value_parser = parse_limit, help_heading = "Command")]
     boot_timeout: Option<Duration>,
-    #[arg(long)]
+    /// Where the guest's console goes; with a command its last lines are shown when the guest fails
+    #[arg(long, value_name = "FILE|stderr", help_heading = "Output")]
     console: Option<PathBuf>,
-    #[arg(last = true)]
-    command: Vec<std::ffi::OsString>,
+    /// Write how the guest ended, timing and counters as JSON
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    report: Option<PathBuf>,
+    /// Take the configuration from a file (`daxvm config schema` says what is in it)
+    #[arg(long = "config", value_name = "FILE", help_heading = "Configuration")]
+    file: Option<PathBuf>,
+    /// Print the configuration, as a file for --config, and the machine that comes of it; boot nothing
+    #[arg(long, help_heading = "Configuration")]
+    dry_run: bool,
+    /// The command to run in the guest, and its arguments
+    #[arg(last = true, value_name = "COMMAND")]
+    command: Vec<OsString>,
 }
 
 impl RunArgs {
-    /// Runs the guest; returns the exit status.
+    /// Runs the guest, or says how it would be; returns the exit status.
     pub(super) fn execute(self) -> Result<u8, Box<dyn Error>> {
-        let config = RunConfig {
-            kernel: Some(self.kernel),
+        let dry_run = self.dry_run;
+        let config = self.resolve()?;
+        config.check()?;
+        if dry_run {
+            dry_run::print(&config)?;
+            return Ok(0);
+        }
+        Ok(crate::runner::run(config)?)
+    }
+
+    /// The configuration: the command line over the file over the defaults.
+    fn resolve(self) -> Result<RunConfig, Box<dyn Error>> {
+        let here = std::env::current_dir().map_err(|error| {
+            format!("Cannot tell the working directory: {error}; change to one that exists")
+        })?;
+        let mut base = self.file.as_deref().map(RunConfig::load).transpose()?.unwrap_or_default();
+        if self.root.is_some() {
+            base.root = RootConfig::default();
+        }
+        let mut given = self.into_config();
+        given.resolve_paths(&here);
+        Ok(base.overridden_by(given).with_defaults(&Host::read(), &here))
+    }
+
+    fn into_config(self) -> RunConfig {
+        RunConfig {
+            kernel: self.kernel,
+            modules: self.modules,
             initrd: self.initrd,
-            cmdline: self.cmdline,
-            cpus: Some(self.cpus),
-            memory: Some(self.memory),
-            shares: self.shares,
-            timeout: self.timeout,
-            report: self.report,
-            rng: Some(self.rng),
-            root: RootConfig { path: self.root, ..RootConfig::default() },
+            cmdline: self.cmdline.unwrap_or_default(),
+            cpus: self.cpus,
+            memory: self.memory,
+            root: self.root.unwrap_or_default(),
             rw: self.rw,
-            env: self
-                .env
-                .into_iter()
-                .map(|e| match e.split_once('=') {
-                    Some((n, v)) => (n.to_owned(), Some(v.to_owned())),
-                    None => (e, None),
-                })
-                .collect(),
+            shares: self.shares,
+            disks: self.disks,
+            rng: self.rng,
+            env: self.env,
+            directory: self.directory,
+            timeout: self.timeout,
             boot_timeout: self.boot_timeout,
             console: self.console,
+            report: self.report,
             command: self.command,
-            ..RunConfig::default()
-        };
-        Ok(crate::runner::run(config)?)
+        }
     }
 }

@@ -1,12 +1,12 @@
-//! `--share tag=TAG,path=DIR[,ro][,window=SIZE][,dax=POLICY][,cache=MODE]`.
+//! `--share tag=TAG,path=DIR[,ro][,window=SIZE][,dax=POLICY][,cache=MODE]`. A comma in a value is written twice.
 
 use std::path::PathBuf;
 
-use devices::text::{parse_size, unknown};
+use devices::text::unknown;
 use devices::virtio::fs::CacheMode;
 use devices::virtio::fs::policy::UnknownPolicy;
 
-use crate::config::{DaxConfig, ShareConfig};
+use crate::config::{DaxConfig, ShareConfig, parse_tag, parse_window, split_options};
 
 const KEYS: [&str; 6] = ["tag", "path", "ro", "window", "dax", "cache"];
 
@@ -15,26 +15,29 @@ pub fn parse_share(text: &str) -> Result<ShareConfig, String> {
     let (mut tag, mut path) = (None, None);
     let (mut read_only, mut window, mut dax) = (false, None, DaxConfig::default());
     let mut cache = CacheMode::default();
-    for part in text.split(',') {
+    for part in split_options(text) {
         let (key, value) = match part.split_once('=') {
             Some((key, value)) => (key, Some(value)),
-            None => (part, None),
+            None => (&*part, None),
         };
         let value = |example: &str| {
             let given = value.filter(|value| !value.is_empty());
             given.ok_or_else(|| format!("`{key}` needs a value, for example {key}={example}"))
         };
         match key {
-            "tag" => tag = Some(value("src")?.to_owned()),
+            "tag" => tag = Some(parse_tag(value("src")?)?),
             "path" => path = Some(PathBuf::from(value("/srv/data")?)),
-            "ro" => match part {
+            "ro" => match part.as_str() {
                 "ro" => read_only = true,
                 _ => return Err("`ro` takes no value".into()),
             },
-            "window" => window = Some(parse_size(value("256M")?)?),
+            "window" => window = Some(parse_window(value("256M")?)?),
             "dax" => dax = value("auto")?.parse().map_err(|error: UnknownPolicy| error.to_string())?,
             "cache" => cache = parse_cache(value("auto")?)?,
-            _ => return Err(unknown("key", key, &KEYS)),
+            _ => {
+                let unknown = unknown("key", key, &KEYS);
+                return Err(format!("{unknown}; a comma in a path is written twice (`,,`)"));
+            }
         }
     }
     let missing = |key: &str| {
@@ -69,6 +72,7 @@ mod tests {
             (true, Some(64 << 20), DaxConfig::Named(Policy::Never))
         );
         assert_eq!(share.cache, CacheMode::Never);
+        assert_eq!(parse_share("tag=src,path=/a,,b,ro").unwrap().path.to_str(), Some("/a,b"));
         assert_eq!(parse_share("tag=src,path=/").unwrap().cache, CacheMode::Auto);
     }
 
@@ -90,6 +94,8 @@ mod tests {
             ("tag=,path=/", "`tag` needs a value"),
             ("tag=a,path=/,ro=1", "takes no value"),
             ("tag=a,path=/,window=lots", "is no size"),
+            ("tag=a,path=/,window=33M", "use 32M or 34M"),
+            ("tag=a,path=/a,b", "written twice (`,,`)"),
             ("tag=a,path=/,dax=alway", "did you mean `always`"),
             ("tag=a,path=/,cache=alway", "did you mean `always`"),
             ("tag=a,path=/,dax=size:x", "`x` is no size"),

@@ -1,7 +1,12 @@
 //! What a VM is to be: [`VmConfig`], plain data as a user writes it, and [`ValidConfig`], which cannot be wrong in
 //! itself. Only the system can still refuse it.
 
+mod check;
+mod document;
+mod file;
+mod host;
 mod run;
+mod values;
 
 use std::fmt;
 use std::path::PathBuf;
@@ -10,12 +15,21 @@ use std::time::Duration;
 
 use devices::virtio::fs::CacheMode;
 use devices::virtio::fs::policy::{Policy, RuleFileError, UnknownPolicy};
+use devices::virtio::fs::window::default_window_size;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+pub(crate) use check::WHERE_KERNELS_ARE;
+pub use check::{InvalidRun, Problem};
+pub use document::Mistake;
+pub use file::{ConfigFileError, schema};
+pub use host::Host;
 pub use run::{RootConfig, RunConfig};
+pub use values::{
+    parse_cpus, parse_limit, parse_memory, parse_tag, parse_variable, parse_window, split_options,
+};
 
 use crate::arch::x86_64::MAX_VCPUS;
-use crate::layout::HUGE_PAGE;
 
 /// The least memory that a guest can have, in bytes.
 pub const MIN_MEMORY: u64 = 64 << 20;
@@ -65,7 +79,7 @@ pub struct VmConfig {
 }
 
 /// A virtio-blk device.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct DiskConfig {
     /// A raw image or a block device.
@@ -76,10 +90,12 @@ pub struct DiskConfig {
 }
 
 /// A shared directory.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct ShareConfig {
     /// The name by which the guest mounts it, 1 to 36 bytes.
+    #[serde(deserialize_with = "values::tag")]
+    #[schemars(schema_with = "values::tag_schema")]
     pub tag: String,
     /// The directory.
     pub path: PathBuf,
@@ -87,20 +103,32 @@ pub struct ShareConfig {
     #[serde(default)]
     pub read_only: bool,
     /// Bytes of the DAX window, 0 for none; by default what costs the guest about 2 % of its RAM.
-    #[serde(default)]
+    #[serde(default, with = "values::window", skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "values::size_schema")]
     pub window: Option<u64>,
     /// Which files are DAX.
     #[serde(default)]
     pub dax: DaxConfig,
     /// What the guest may keep of what it has seen.
     #[serde(default)]
+    #[schemars(schema_with = "values::cache_schema")]
     pub cache: CacheMode,
 }
 
-/// Which files of a share are DAX: the name of a policy, or a rule file. As text, a rule file is what ends in `.toml` or
-/// has a slash.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+impl ShareConfig {
+    /// Bytes of the window in a guest with `memory` bytes of RAM, where `policy` is what [`DaxConfig::load`] made of
+    /// `dax`. A window that no file could use would only cost the guest memory.
+    pub fn window_size(&self, policy: &Policy, memory: u64) -> u64 {
+        let default = if policy.may_grant() { default_window_size(memory) } else { 0 };
+        self.window.unwrap_or(default)
+    }
+}
+
+/// Which files of a share are DAX: the name of a policy (never, always, inode, size, size:BYTES, auto), or a rule file.
+/// As text, a rule file is what ends in `.toml` or has a slash.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(try_from = "String", into = "String")]
+#[schemars(with = "String")]
 pub enum DaxConfig {
     /// A policy that has a name.
     Named(Policy),
@@ -176,12 +204,12 @@ pub enum ConfigError {
     #[error("--cpus {0}: a guest has 1 to {MAX_VCPUS} vCPUs")]
     Cpus(u8),
     /// Size of RAM.
-    #[error("--memory {given}: a guest has 64M to {}G of memory, in steps of 2M; nearest: {nearest}M", MAX_MEMORY >> 30)]
+    #[error("--memory {given}: {limits}")]
     Memory {
         /// Bytes given.
         given: u64,
-        /// The nearest possible size, in MiB.
-        nearest: u64,
+        /// What can be given.
+        limits: String,
     },
     /// Too many shares.
     #[error("{0} shares: at most {MAX_SHARES} fit on the PCI bus")]
@@ -213,11 +241,8 @@ impl ValidConfig {
         if !(1..=MAX_VCPUS).contains(&config.cpus) {
             return Err(ConfigError::Cpus(config.cpus));
         }
-        let memory = config.memory;
-        if !memory.is_multiple_of(HUGE_PAGE) || !(MIN_MEMORY..=MAX_MEMORY).contains(&memory) {
-            let nearest = memory.clamp(MIN_MEMORY, MAX_MEMORY).next_multiple_of(HUGE_PAGE);
-            return Err(ConfigError::Memory { given: memory, nearest: nearest >> 20 });
-        }
+        values::check_memory(config.memory)
+            .map_err(|limits| ConfigError::Memory { given: config.memory, limits })?;
         if config.shares.len() > MAX_SHARES {
             return Err(ConfigError::Shares(config.shares.len()));
         }
@@ -285,8 +310,9 @@ mod tests {
         assert_eq!(ValidConfig::new(VmConfig { cpus: 0, ..config() }).unwrap_err(), ConfigError::Cpus(0));
         assert!(ValidConfig::new(VmConfig { cpus: 33, ..config() }).is_err());
         for (memory, nearest) in [(1, 64), ((512 << 20) + 1, 514), (u64::MAX, 512 << 10)] {
-            let error = ValidConfig::new(VmConfig { memory, ..config() }).unwrap_err();
-            assert_eq!(error, ConfigError::Memory { given: memory, nearest });
+            let error = ValidConfig::new(VmConfig { memory, ..config() }).unwrap_err().to_string();
+            assert!(error.starts_with(&format!("--memory {memory}: a guest has")), "{error}");
+            assert!(error.ends_with(&format!("the nearest is {nearest}M")), "{error}");
         }
         let twins = VmConfig { shares: vec![share("a"), share("b"), share("a")], ..config() };
         assert_eq!(ValidConfig::new(twins).unwrap_err(), ConfigError::DuplicateTag("a".into()));

@@ -5,6 +5,7 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Where the initramfs has the [`Task`], as JSON.
@@ -50,7 +51,7 @@ pub struct Root {
 }
 
 /// How a root file system is mounted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum RootMode {
     /// Read-only, below an overlay in the guest's memory that takes all changes and vanishes at the end.

@@ -5,11 +5,8 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use crate::boot::{BootError, KernelFormat, KernelImage};
+use crate::config::WHERE_KERNELS_ARE;
 use crate::initramfs::{ModuleError, ModuleTree};
-
-/// Where to get a kernel, for messages.
-const WHERE_FROM: &str = "give one with --kernel: a vmlinuz, or an unpacked kernel package (`apt download \
-     linux-image-cloud-amd64`, `dpkg -x` of it, and of the package that it depends on)";
 
 /// Where a directory may hold a kernel image, the most common first. A star stands for the end of a file name, or for
 /// one directory.
@@ -31,7 +28,7 @@ const IMAGES: [&str; 11] = [
 #[derive(Debug, thiserror::Error)]
 pub enum KernelError {
     /// The running kernel has no image.
-    #[error("No image of the running kernel {release} (looked for {looked}); {WHERE_FROM}")]
+    #[error("No image of the running kernel {release} (looked for {looked}); {WHERE_KERNELS_ARE}")]
     NotRunning {
         /// As `uname -r` prints it.
         release: String,
@@ -39,7 +36,7 @@ pub enum KernelError {
         looked: String,
     },
     /// The given path is not there.
-    #[error("--kernel {0}: no such file or directory; {WHERE_FROM}")]
+    #[error("--kernel {0}: no such file or directory; {WHERE_KERNELS_ARE}")]
     Missing(PathBuf),
     /// The image may not be read.
     #[error("No permission to read the kernel {0}: `sudo chmod a+r {0}`, or give a copy of it with --kernel")]

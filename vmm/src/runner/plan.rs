@@ -14,7 +14,7 @@ use devices::virtio::fs::policy::Policy;
 use super::kernel::{Kernel, KernelError};
 use super::stdio;
 use crate::config::{
-    ConfigError, DEFAULT_MEMORY, DaxConfig, RootConfig, RunConfig, ShareConfig, ValidConfig, VmConfig,
+    ConfigError, DEFAULT_MEMORY, DaxConfig, Host, RootConfig, RunConfig, ShareConfig, ValidConfig, VmConfig,
 };
 use crate::guest::protocol::{Command, Mount, Root, RootMode, Stdio, Task};
 use crate::initramfs::{Module, ModuleError, ModuleTree};
@@ -132,6 +132,8 @@ pub enum Console {
 /// # Errors
 /// See [`PlanError`].
 pub fn plan(config: &RunConfig) -> Result<Plan, PlanError> {
+    let directory = env::current_dir().map_err(PlanError::Directory)?;
+    let config = &config.clone().with_defaults(&Host::read(), &directory);
     let kernel = Kernel::find(config.kernel.as_deref())?;
     let mut machine = VmConfig {
         kernel: kernel.image.clone(),
@@ -162,7 +164,7 @@ pub fn plan(config: &RunConfig) -> Result<Plan, PlanError> {
             modules: modules.iter().map(|module| module.name.clone()).collect(),
             root: Root { tag: ROOT_TAG.to_owned(), mode: root.mode, options: String::new() },
             mounts,
-            command: command(config, &root.path)?,
+            command: command(config, &root.path),
         });
     }
     Ok(Plan {
@@ -294,18 +296,16 @@ fn writable(
     Ok(mounts)
 }
 
-fn command(config: &RunConfig, root: &Path) -> Result<Command, PlanError> {
-    let given = config.directory.clone();
-    let directory = given.map_or_else(env::current_dir, Ok).map_err(PlanError::Directory)?;
+fn command(config: &RunConfig, root: &Path) -> Command {
     let stdio = stdio::of_caller();
     let window = if stdio.contains(&Stdio::Terminal) { stdio::window_size() } else { None };
-    Ok(Command {
+    Command {
         argv: config.command.clone(),
         env: environment(&config.env, root == Path::new("/"), |name| env::var_os(name)),
-        directory: directory_in(root, directory),
+        directory: directory_in(root, config.directory.clone().unwrap_or_else(|| "/".into())),
         stdio,
         window,
-    })
+    }
 }
 
 /// The command's whole environment. What is given wins; a name without a value stands for the caller's.

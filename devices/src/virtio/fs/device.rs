@@ -51,12 +51,28 @@ pub struct FileSystemConfig {
     pub request_queues: u16,
 }
 
+/// A tag that no share can have.
+#[derive(Clone, Debug, Eq, PartialEq, thiserror::Error)]
+#[error("The tag {0:?} of a share must have 1 to 36 bytes and no NUL: choose another one")]
+pub struct TagError(pub String);
+
+/// Says whether a share can have this tag: 1 to 36 bytes without NUL.
+///
+/// # Errors
+/// [`TagError`].
+pub fn check_tag(tag: &str) -> Result<(), TagError> {
+    match tag.is_empty() || tag.len() > TAG_LEN || tag.contains('\0') {
+        true => Err(TagError(tag.to_owned())),
+        false => Ok(()),
+    }
+}
+
 /// Why a directory cannot be shared.
 #[derive(Debug, thiserror::Error)]
 pub enum FileSystemError {
     /// The tag is empty, too long or contains NUL.
-    #[error("The tag {0:?} of a share must have 1 to 36 bytes and no NUL: choose another one")]
-    Tag(String),
+    #[error(transparent)]
+    Tag(#[from] TagError),
     /// There is nothing at the path, it is no directory, or it cannot be reached.
     #[error("Cannot share {}: give a directory that exists and that you may read", path.display())]
     Path {
@@ -115,9 +131,7 @@ impl FileSystemDevice {
     /// [`FileSystemError`], which names what to change.
     pub fn new(config: FileSystemConfig) -> Result<FileSystemDevice, FileSystemError> {
         let FileSystemConfig { tag, path, read_only, window_size, policy, cache, request_queues } = config;
-        if tag.is_empty() || tag.len() > TAG_LEN || tag.contains('\0') {
-            return Err(FileSystemError::Tag(tag));
-        }
+        check_tag(&tag)?;
         if !(1..=MAX_REQUEST_QUEUES).contains(&request_queues) {
             return Err(FileSystemError::RequestQueues(request_queues));
         }

@@ -22,4 +22,6 @@ pub mod window;
 
 pub use self::cache::{CacheMode, UnknownCacheMode};
 pub use self::counters::{CountersHandle, FileSystemCounters};
-pub use self::device::{FileSystemConfig, FileSystemDevice, FileSystemError, MAX_REQUEST_QUEUES};
+pub use self::device::{
+    FileSystemConfig, FileSystemDevice, FileSystemError, MAX_REQUEST_QUEUES, TagError, check_tag,
+};

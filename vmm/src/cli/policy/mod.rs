@@ -11,12 +11,12 @@ use std::io;
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
-use devices::text::{Bytes, parse_size};
+use devices::text::Bytes;
 use devices::virtio::fs::policy::WindowFacts;
-use devices::virtio::fs::window::{check_window_size, default_window_size};
+use devices::virtio::fs::window::default_window_size;
 
 use self::files::{Setting, Share};
-use crate::config::DEFAULT_MEMORY;
+use crate::config::{DEFAULT_MEMORY, parse_window};
 
 /// See which files a policy makes DAX, and why, and what that costs; nothing is booted.
 #[derive(Debug, Args)]
@@ -80,10 +80,6 @@ impl ShareArgs {
 /// Adds to a sum. A few sparse files are enough to exceed what 64 bits hold.
 fn add(sum: &mut u64, what: u64) {
     *sum = sum.saturating_add(what);
-}
-
-fn parse_window(text: &str) -> Result<u64, String> {
-    check_window_size(parse_size(text)?).map_err(|error| error.to_string())
 }
 
 /// The window of a share for which the user gives none.
