@@ -84,6 +84,14 @@ pub fn unknown(what: &str, given: &str, known: &[&str]) -> String {
     }
 }
 
+/// The line and the column (in characters) of a byte offset of `text`, both from 1; an offset past the end is the end.
+pub fn position(text: &str, offset: usize) -> (usize, usize) {
+    let before = &text.as_bytes()[..offset.min(text.len())];
+    let start = before.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
+    let lines = before.iter().filter(|byte| **byte == b'\n').count();
+    (lines + 1, String::from_utf8_lossy(&before[start..]).chars().count() + 1)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -134,5 +142,11 @@ mod tests {
         assert_eq!(nearest("whatever", ["size", "path"]), None);
         assert_eq!(unknown("key", "pth", &["size", "path"]), "unknown key `pth`; did you mean `path`?");
         assert_eq!(unknown("key", "zzz", &["size", "path"]), "unknown key `zzz`; known are size, path");
+    }
+    #[test]
+    fn places_in_a_text_are_counted_in_characters() {
+        let text = "ä = 1\nbc";
+        let places = [0, 3, 7, 8, 99].map(|offset| position(text, offset));
+        assert_eq!(places, [(1, 1), (1, 3), (2, 1), (2, 2), (2, 3)]);
     }
 }

@@ -3,6 +3,7 @@
 mod policy;
 mod run;
 mod share;
+mod test;
 
 use std::error::Error;
 use std::process::ExitCode;
@@ -23,6 +24,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Run(run::RunArgs),
+    Test(test::TestArgs),
     Policy(policy::PolicyArgs),
 }
 
@@ -40,6 +42,7 @@ pub fn main() -> ExitCode {
     init_logging();
     let result = match cli.command {
         Command::Run(args) => args.execute(),
+        Command::Test(args) => args.execute(),
         Command::Policy(args) => args.execute(),
     };
     match result {

@@ -5,6 +5,8 @@ use std::io;
 use std::ops::Range;
 use std::path::PathBuf;
 
+use crate::text::position;
+
 /// Why there is no policy in a file.
 #[derive(Debug, thiserror::Error)]
 pub enum RuleFileError {
@@ -46,13 +48,8 @@ pub struct Mistake {
 impl Mistake {
     /// A mistake at a byte offset of `text`.
     pub(super) fn at(text: &str, offset: usize, problem: Problem) -> Mistake {
-        let before = &text.as_bytes()[..offset.min(text.len())];
-        let start = before.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
-        Mistake {
-            line: before.iter().filter(|byte| **byte == b'\n').count() + 1,
-            column: String::from_utf8_lossy(&before[start..]).chars().count() + 1,
-            problem,
-        }
+        let (line, column) = position(text, offset);
+        Mistake { line, column, problem }
     }
 
     /// The same for a part of `text`, which is named by where it begins.
