@@ -22,8 +22,6 @@ use super::{Case, shell_line};
 const TAIL: usize = 64 << 10;
 /// Bytes of output that an attempt may add to its log.
 const LOG_LIMIT: u64 = 64 << 20;
-/// How long after its time limit a child may still be there; it enforces the limit itself.
-const OVERDUE: Duration = Duration::from_secs(30);
 /// How long a child may take to end after SIGTERM.
 const GRACE: Duration = Duration::from_secs(10);
 
@@ -71,6 +69,8 @@ pub(super) struct Task {
     /// An empty directory for this attempt.
     pub(super) scratch: PathBuf,
     pub(super) log: PathBuf,
+    /// How long after its time limit it may still be there.
+    pub(super) overdue: Duration,
 }
 
 /// One attempt that has ended.
@@ -103,7 +103,7 @@ pub(super) fn run(task: &Task, interrupted: &Interrupted) -> Attempt {
             command.arg0("daxvm").args(&arguments).current_dir(&task.directory);
             let cannot = |error| format!("Cannot run {}: {error}", task.program.display());
             let (child, pipe) = spawn(command).map_err(cannot)?;
-            let watched = watch(child, pipe, &task.case, interrupted, &mut output);
+            let watched = watch(child, pipe, task, interrupted, &mut output);
             watched.map_err(|error| format!("Cannot watch daxvm run: {error}"))
         })
         .unwrap_or_else(Ending::NotRun);
@@ -163,7 +163,7 @@ impl Drop for Group {
 fn watch(
     child: Child,
     pipe: PipeReader,
-    case: &Case,
+    task: &Task,
     interrupted: &Interrupted,
     output: &mut Output,
 ) -> io::Result<Ending> {
@@ -173,7 +173,7 @@ fn watch(
     rustix::io::ioctl_fionbio(&pipe, true)?;
     let mut pipe = Some(pipe);
     let begin = Instant::now();
-    let late = begin + case.timeout + OVERDUE;
+    let late = begin + task.case.timeout + task.overdue;
     // Why it has to end, once it has been told, and when it is killed for not doing so.
     let mut ending: Option<(Ending, Instant)> = None;
     let mut killed = false;
@@ -201,7 +201,8 @@ fn watch(
             ending = Some(match ending {
                 None => {
                     group.signal(Signal::TERM);
-                    let why = if ready.interrupted { Ending::Interrupted } else { Ending::Overdue(OVERDUE) };
+                    let why =
+                        if ready.interrupted { Ending::Interrupted } else { Ending::Overdue(task.overdue) };
                     (why, now + GRACE)
                 }
                 Some((why, _)) => {

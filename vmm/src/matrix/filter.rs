@@ -36,7 +36,10 @@ impl Filter {
                 any |= matched;
             }
             if !any {
-                let near = nearest(pattern, cases.iter().map(|case| &*case.name)).map(str::to_owned);
+                // A whole name is meant, or a part of one.
+                let names = cases.iter().map(|case| &*case.name);
+                let parts = names.clone().flat_map(|name| name.split('/'));
+                let near = nearest(pattern, names).or_else(|| nearest(pattern, parts)).map(str::to_owned);
                 return Err(MatrixError::NoCase { pattern: pattern.clone(), near });
             }
         }
@@ -91,6 +94,8 @@ mod tests {
     fn a_filter_that_matches_nothing_is_an_error() {
         let error = select(&["6.12/biuld"]).unwrap_err().to_string();
         assert!(error.contains("did you mean `6.12/build`"), "{error}");
+        let error = select(&["biuld"]).unwrap_err().to_string();
+        assert!(error.contains("did you mean `build`"), "{error}");
         let error = select(&["boot", "zzzzzzzzzzzzz"]).unwrap_err().to_string();
         assert!(error.contains("--list"), "{error}");
         let error = select(&["6.[12/x"]).unwrap_err().to_string();

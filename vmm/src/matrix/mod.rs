@@ -21,6 +21,7 @@ mod verdict;
 
 use std::ffi::OsString;
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
 use devices::text::Bytes;
@@ -99,13 +100,14 @@ fn suggestion(near: Option<&str>) -> String {
 
 /// Arguments as a shell reads them.
 fn shell_line(arguments: &[OsString]) -> String {
-    use std::os::unix::ffi::OsStrExt;
-    let words = arguments.iter().map(|argument| {
-        let quoted = shlex::bytes::try_quote(argument.as_bytes());
-        quoted.map_or_else(
-            |_| argument.to_string_lossy(),
-            |quoted| String::from_utf8_lossy(&quoted).into_owned().into(),
-        )
+    // `=` needs no quotes behind the first word, and options with quotes are hard to read.
+    let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"-_=./:,+@%".contains(byte);
+    let words = arguments.iter().map(|argument| match argument.as_bytes() {
+        bytes if !bytes.is_empty() && bytes.iter().all(plain) => argument.to_string_lossy(),
+        bytes => match shlex::bytes::try_quote(bytes) {
+            Ok(quoted) => String::from_utf8_lossy(&quoted).into_owned().into(),
+            Err(_) => argument.to_string_lossy(),
+        },
     });
     words.collect::<Vec<_>>().join(" ")
 }

@@ -42,6 +42,10 @@ pub struct Options {
     pub fail_fast: bool,
     /// Where each case leaves a log.
     pub logs: Option<PathBuf>,
+    /// How long after its time limit a child may still be there before it is ended: it keeps the limit itself.
+    pub overdue: Duration,
+    /// Where a directory for what a run needs meanwhile is made; the system's place for such by default.
+    pub scratch: Option<PathBuf>,
 }
 
 impl Options {
@@ -56,6 +60,8 @@ impl Options {
             flaky: None,
             fail_fast: false,
             logs: None,
+            overdue: Duration::from_secs(30),
+            scratch: None,
         }
     }
 }
@@ -94,6 +100,7 @@ pub struct Run {
     budget: Resources,
     fail_fast: bool,
     logs: Option<PathBuf>,
+    overdue: Duration,
     scratch: TempDir,
     interruption: Interruption,
     interrupted: Arc<Interrupted>,
@@ -132,7 +139,8 @@ impl Run {
             let failed = |source| MatrixError::Write { what: "logs", path: logs.clone(), source };
             fs::create_dir_all(logs).map_err(failed)?;
         }
-        let temporary = std::path::absolute(std::env::temp_dir()).map_err(MatrixError::Host)?;
+        let temporary = std::path::absolute(options.scratch.clone().unwrap_or_else(std::env::temp_dir))
+            .map_err(MatrixError::Host)?;
         let scratch = tempfile::Builder::new()
             .prefix("daxvm-test-")
             .tempdir_in(temporary)
@@ -148,6 +156,7 @@ impl Run {
             budget,
             fail_fast: options.fail_fast,
             logs: options.logs.clone(),
+            overdue: options.overdue,
             scratch,
             interruption,
             interrupted,
@@ -231,6 +240,7 @@ impl Run {
             program: self.program.clone(),
             directory: self.directory.clone(),
             scratch,
+            overdue: self.overdue,
         };
         let body = move || {
             // Whatever happens here, the run must learn that the case has ended.
