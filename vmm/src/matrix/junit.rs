@@ -7,7 +7,7 @@ use quick_junit::{NonSuccessKind, Property, Report, TestCase, TestCaseStatus, Te
 
 use super::{Attempt, CaseResult, Outcome, Summary, Verdict};
 
-/// The lines of a rerun that stand for its stack trace; other tools read them.
+/// What the report is called.
 const NAME: &str = "daxvm test";
 
 impl Summary {
