@@ -287,6 +287,8 @@ impl Output {
 struct Log {
     file: File,
     written: u64,
+    /// Whether it says that there is more.
+    cut: bool,
     ends_line: bool,
 }
 
@@ -300,7 +302,7 @@ impl Log {
             OpenOptions::new().create(true).write(true).truncate(first).append(!first).open(&task.log)?;
         let (attempt, name) = (task.attempt, &task.case.name);
         writeln!(file, "# {name}, attempt {attempt}\n# daxvm {}", shell_line(&task.case.arguments()))?;
-        Ok(Log { file, written: 0, ends_line: true })
+        Ok(Log { file, written: 0, cut: false, ends_line: true })
     }
 
     fn output(&mut self, data: &[u8]) -> io::Result<()> {
@@ -311,7 +313,8 @@ impl Log {
             self.written += fits as u64;
             self.ends_line = data[..fits].ends_with(b"\n");
         }
-        if fits < data.len() && room > 0 {
+        if fits < data.len() && !self.cut {
+            self.cut = true;
             writeln!(self.file, "\n# Output beyond {} MiB is left out.", LOG_LIMIT >> 20)?;
             self.ends_line = true;
         }
@@ -340,6 +343,19 @@ impl Log {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_log_that_is_full_says_so_once() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("log");
+        // Full to the byte, which no chunk goes beyond.
+        let mut log =
+            Log { file: File::create(&path).unwrap(), written: LOG_LIMIT - 2, cut: false, ends_line: true };
+        for data in [b"ab", b"cd", b"ef"] {
+            log.output(data).unwrap();
+        }
+        assert_eq!(fs::read_to_string(path).unwrap(), "ab\n# Output beyond 64 MiB is left out.\n");
+    }
 
     #[test]
     fn a_child_does_not_outlive_the_thread_that_watches_it() {
