@@ -18,6 +18,7 @@ pub mod guest;
 pub mod initramfs;
 mod interrupts;
 mod layout;
+pub mod matrix;
 mod memory;
 mod outcome;
 mod report;
