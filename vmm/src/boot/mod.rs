@@ -105,7 +105,8 @@ pub struct Boot<'a> {
 pub fn load(memory: &GuestMemoryMmap, what: &Boot) -> Result<EntryPoint, BootError> {
     let low_ram = layout::ram_ranges(what.ram)[0].end;
     let image = KernelImage::open(what.kernel)?;
-    let kernel = image.load(memory, low_ram)?;
+    let beside = what.initramfs.map_or(Ok(0), initramfs_size)?;
+    let kernel = image.load(memory, low_ram, beside)?;
     let limit = low_ram.min(kernel.initramfs_limit);
     let initramfs = match what.initramfs {
         Some(path) => load_initramfs(memory, path, kernel.end..limit)?,
@@ -127,9 +128,19 @@ pub fn load(memory: &GuestMemoryMmap, what: &Boot) -> Result<EntryPoint, BootErr
     Ok(kernel.entry)
 }
 
+fn initramfs_failed(path: &Path, source: io::Error) -> BootError {
+    BootError::Read { what: "initramfs", path: path.to_owned(), source }
+}
+
+/// Bytes of memory that an initramfs takes, in whole pages.
+fn initramfs_size(path: &Path) -> Result<u64, BootError> {
+    let size = std::fs::metadata(path).map_err(|source| initramfs_failed(path, source))?.len();
+    Ok(size.next_multiple_of(0x1000))
+}
+
 /// Reads the initramfs to the end of `free`, page-aligned: as far from the kernel as can be, as boot loaders do.
 fn load_initramfs(memory: &GuestMemoryMmap, path: &Path, free: Range<u64>) -> Result<Range<u64>, BootError> {
-    let failed = |source| BootError::Read { what: "initramfs", path: path.to_owned(), source };
+    let failed = |source| initramfs_failed(path, source);
     let mut file = File::open(path).map_err(failed)?;
     let size = file.seek(SeekFrom::End(0)).map_err(failed)?;
     file.rewind().map_err(failed)?;
