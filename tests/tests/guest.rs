@@ -26,6 +26,8 @@ mod negotiation;
 mod per_file;
 #[path = "guest/per_file_life.rs"]
 mod per_file_life;
+#[path = "guest/per_file_room.rs"]
+mod per_file_room;
 #[path = "guest/per_file_table.rs"]
 mod per_file_table;
 #[path = "guest/pressure.rs"]
