@@ -157,9 +157,15 @@ fn input_not_read(kernel: &Kernel) -> Outcome {
     ensure_end(&ended, 0, "exited")
 }
 
+/// A directory of the host that a guest with the host's root sees: its `/run` is its own, and in the lab the scratch
+/// directories are there.
+fn seen_in_guests() -> std::io::Result<tempfile::TempDir> {
+    tempfile::Builder::new().prefix("runner-").tempdir_in("/var/tmp")
+}
+
 fn overlay(kernel: &Kernel) -> Outcome {
     let before = fs::read("/etc/passwd")?;
-    let dir = tempfile::tempdir_in(scratch())?;
+    let dir = seen_in_guests()?;
     fs::write(dir.path().join("kept"), "kept\n")?;
     let script = format!(
         "cd {} && rm kept && echo new >new && mv new newer && cat newer && echo x >>/etc/passwd && \
@@ -178,7 +184,7 @@ fn overlay(kernel: &Kernel) -> Outcome {
 }
 
 fn writable(kernel: &Kernel) -> Outcome {
-    let dir = tempfile::tempdir_in(scratch())?;
+    let dir = seen_in_guests()?;
     let path = |name: &str| dir.path().join(name);
     fs::create_dir(path("out"))?;
     fs::create_dir(path("other"))?;
