@@ -258,10 +258,10 @@ fn other_root(kernel: &Kernel) -> Outcome {
         drop(running.child.stdin.take());
         let ended = running.wait()?;
         if mode == ",ro" {
-            // It has no /proc to mount on, and cannot have one.
+            // There is nothing to mount /dev on, and cannot be.
             ensure_end(&ended, 125, "boot-failed")?;
             ensure!(
-                ended.stderr.contains("/proc"),
+                ended.stderr.contains("/dev of the root"),
                 "the message does not say what is missing: {}",
                 ended.stderr
             );
