@@ -28,6 +28,7 @@ use crate::interrupts::Line;
 use crate::layout::{self, irq, ports};
 use crate::memory::{GuestRam, MemoryError, Slot, Slots};
 use crate::report::ShareCounters;
+use crate::vcpu::Memory;
 use crate::vm::{Ending, Parts, Vm};
 
 /// Why a VM could not be built. The message names what to do where the user can do something.
@@ -130,7 +131,7 @@ pub(crate) fn build(config: ValidConfig, console: Box<dyn io::Write + Send>) -> 
     let vcpus = create_vcpus(&vm, &cpuid, config.cpus, &memory, entry)?;
     let parts = Parts {
         buses,
-        memory: devices_memory,
+        memory: Memory { all: devices_memory, windows: manager.windows() },
         serial: console.serial,
         room_in_serial: console.room,
         panicked: console.panicked,

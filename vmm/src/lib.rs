@@ -20,6 +20,7 @@ mod interrupts;
 mod layout;
 mod memory;
 mod outcome;
+mod patrol;
 mod report;
 mod vcpu;
 mod vm;
