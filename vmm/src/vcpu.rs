@@ -104,7 +104,9 @@ fn run(vcpu: &mut VcpuFd, buses: &Buses, memory: &Memory, orders: &Orders) -> Re
     let mut retries = 0;
     while !orders.stop.load(Ordering::Acquire) {
         match vcpu.run() {
-            Ok(VcpuExit::MemoryFault { gpa, .. }) => retry(inspect(vcpu, memory, Some(gpa)), &mut retries)?,
+            Ok(VcpuExit::MemoryFault { gpa, .. }) => {
+                retry(inspect(vcpu, memory, Some(gpa), true), &mut retries)?
+            }
             Ok(exit) => {
                 retries = 0;
                 buses.handle(exit)?;
@@ -112,10 +114,12 @@ fn run(vcpu: &mut VcpuFd, buses: &Buses, memory: &Memory, orders: &Orders) -> Re
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
                 if orders.look.swap(false, Ordering::AcqRel) {
                     // What it finds besides is the guest's normal work.
-                    let _ = inspect(vcpu, memory, None);
+                    let _ = inspect(vcpu, memory, None, false);
                 }
             }
-            Err(error) if error.errno() == libc::EFAULT => retry(inspect(vcpu, memory, None), &mut retries)?,
+            Err(error) if error.errno() == libc::EFAULT => {
+                retry(inspect(vcpu, memory, None, true), &mut retries)?
+            }
             Err(error) => return Err(Fatal::Kvm(format!("KVM_RUN: {error}"))),
         }
     }
@@ -147,8 +151,8 @@ fn retry(inspected: Inspected, retries: &mut u32) -> Result<(), Fatal> {
 }
 
 /// Looks at what a vCPU is about to access, and has the windows repair what the host cannot provide. `address` is what KVM
-/// says of it, if it does.
-fn inspect(vcpu: &VcpuFd, memory: &Memory, address: Option<u64>) -> Inspected {
+/// says of it, if it does; `by_exit` whether KVM has given up, and not that the vCPU was stopped to look.
+fn inspect(vcpu: &VcpuFd, memory: &Memory, address: Option<u64>, by_exit: bool) -> Inspected {
     let mut repairs: Vec<_> =
         address.into_iter().filter_map(|address| memory.windows.repair(address, true)).collect();
     let all = memory.all.memory();
@@ -156,6 +160,7 @@ fn inspect(vcpu: &VcpuFd, memory: &Memory, address: Option<u64>) -> Inspected {
         repairs.extend(memory.windows.repair(access.address, access.write));
     });
     if repairs.contains(&Repair::Done) {
+        tracing::debug!(by_exit, "repaired memory that a vCPU could not access");
         return Inspected::Repaired;
     }
     let message = || match stopped {
