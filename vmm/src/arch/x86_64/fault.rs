@@ -6,6 +6,8 @@ use kvm_bindings::{kvm_regs, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
+use super::paging;
+
 /// The longest instruction, in bytes.
 const MAX_INSTRUCTION: usize = 15;
 
@@ -39,10 +41,7 @@ pub fn stopped_at(
     mut on_access: impl FnMut(Access),
 ) -> Result<StoppedAt, kvm_ioctls::Error> {
     let (regs, sregs) = (vcpu.get_regs()?, vcpu.get_sregs()?);
-    let physical = |linear: u64| {
-        let translated = vcpu.translate_gva(linear).ok()?;
-        (translated.valid != 0).then_some(translated.physical_address)
-    };
+    let physical = |linear: u64| paging::physical(linear, &sregs, memory);
     let mut accesses = vec![];
     let mut note = |linear: u64, write: bool| {
         let access = physical(linear).map(|address| Access { address, write });
