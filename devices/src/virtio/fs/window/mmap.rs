@@ -12,6 +12,10 @@ pub(super) enum Backing {
     Hole { fd: RawFd, offset: i64, placement: i32 },
     /// A file, in place of what is there.
     File { fd: RawFd, offset: i64, writable: bool },
+    /// Zeros that can only be read, in place of what is there; they take no memory.
+    Zeros,
+    /// Zeros that can be written to, in place of what is there.
+    Blank,
     /// A copy of a file's pages that nobody else sees, in place of what is there; made when it is written to.
     Copy { fd: RawFd, offset: i64 },
 }
@@ -19,6 +23,7 @@ pub(super) enum Backing {
 /// Puts `backing` behind `len` bytes at `address`. Callers pass nothing but ranges of a window.
 pub(super) fn replace(address: *mut u8, len: usize, backing: Backing) -> io::Result<*mut u8> {
     const READ_WRITE: i32 = libc::PROT_READ | libc::PROT_WRITE;
+    const PRIVATE: i32 = libc::MAP_PRIVATE | libc::MAP_FIXED;
     let (protection, flags, fd, offset) = match backing {
         Backing::Nothing => (libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0),
         Backing::Hole { fd, offset, placement } => (READ_WRITE, libc::MAP_SHARED | placement, fd, offset),
@@ -26,7 +31,9 @@ pub(super) fn replace(address: *mut u8, len: usize, backing: Backing) -> io::Res
             let protection = if writable { READ_WRITE } else { libc::PROT_READ };
             (protection, libc::MAP_SHARED | libc::MAP_FIXED, fd, offset)
         }
-        Backing::Copy { fd, offset } => (READ_WRITE, libc::MAP_PRIVATE | libc::MAP_FIXED, fd, offset),
+        Backing::Zeros => (libc::PROT_READ, PRIVATE | libc::MAP_ANONYMOUS, -1, 0),
+        Backing::Blank => (READ_WRITE, PRIVATE | libc::MAP_ANONYMOUS, -1, 0),
+        Backing::Copy { fd, offset } => (READ_WRITE, PRIVATE, fd, offset),
     };
     let flags = flags | libc::MAP_NORESERVE;
     // SAFETY: the range is either chosen by the kernel, or lies in the window that reserved it: `DaxWindow::chunks`

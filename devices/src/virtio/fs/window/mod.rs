@@ -17,6 +17,7 @@ mod table;
 mod tests;
 mod watch;
 
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::ptr;
@@ -138,7 +139,7 @@ impl DaxWindow {
         give_back(start, head);
         give_back(base.wrapping_add(size as usize), reserved - head - size as usize);
         let guard = Guard::new(base as usize..base as usize + size as usize)?;
-        let state = State { table: ChunkTable::new(size), files: Files::default() };
+        let state = State { table: ChunkTable::new(size), files: Files::default(), copies: BTreeSet::new() };
         let shared = Arc::new_cyclic(|me| Shared {
             base,
             size,

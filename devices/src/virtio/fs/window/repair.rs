@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::time::{Duration, Instant};
@@ -15,8 +16,8 @@ use super::table::Mapped;
 use super::{CHUNK_SHIFT, CHUNK_SIZE};
 use crate::virtio::device::Repair;
 
-/// Pages of files that may only be read, of which a window makes copies when the guest writes to them.
-const MOST_COPIES: u64 = 1024;
+/// Pages that only the guest has, in a window: it wrote behind a file's end, or to a file that may only be read.
+const MOST_COPIES: usize = 1024;
 
 /// How long pages behind one that failed are tried, so that a disk that takes its time over each error does not hold up
 /// the window.
@@ -106,6 +107,15 @@ impl Shared {
             if size.is_ok_and(|size| self.follow(&mut state, at.file, size).is_any) {
                 return Repair::Done;
             }
+            let start = (chunk as u64) << CHUNK_SHIFT;
+            let shown = state.files.get(at.file).map_or(CHUNK_SIZE, |file| file.shown(at.offset, CHUNK_SIZE));
+            if page - start >= shown {
+                return if write {
+                    self.let_write_behind(&mut state, start..start + CHUNK_SIZE, page)
+                } else {
+                    Repair::Unneeded
+                };
+            }
             at
         };
         // A page that is read from the disk takes a while, and others need the lock.
@@ -155,7 +165,7 @@ impl Shared {
     /// Lets the guest write to a chunk that is mapped to be read: its kernel may reuse a mapping without looking at the
     /// mode. Where the file may not be written the guest gets a copy of the page, which nobody else sees.
     fn let_write(&self, state: &mut State, chunk: usize, at: Mapped, page: u64) -> Repair {
-        let State { table, files } = state;
+        let State { table, files, copies } = state;
         let Some(file) = files.get(at.file) else { return Repair::Unneeded };
         let start = (chunk as u64) << CHUNK_SHIFT;
         let writable = if self.is_read_only.load(Relaxed) { None } else { open_to_write(&file.file).ok() };
@@ -168,7 +178,10 @@ impl Shared {
                 return Repair::Done;
             }
         }
-        if self.counts.copies() >= MOST_COPIES {
+        if copies.contains(&page) {
+            return Repair::Unneeded;
+        }
+        if copies.len() >= MOST_COPIES {
             return Repair::Impossible(
                 "the guest writes to too many pages of files that it may only read".into(),
             );
@@ -177,6 +190,30 @@ impl Shared {
         let copy = Backing::Copy { fd: file.file.as_raw_fd(), offset };
         match replace(self.address(page), PAGE as usize, copy) {
             Ok(_) => {
+                copies.insert(page);
+                self.counts.copied();
+                Repair::Done
+            }
+            Err(error) => Repair::Impossible(format!("the window cannot be mapped: {error}")),
+        }
+    }
+
+    /// Gives the guest a page of its own where it writes behind a file's end, or, when it has many, scratch memory to the
+    /// end of the chunk.
+    fn let_write_behind(&self, state: &mut State, chunk: Range<u64>, page: u64) -> Repair {
+        if state.copies.contains(&page) {
+            return Repair::Unneeded;
+        }
+        let result = match state.copies.len() < MOST_COPIES {
+            true => replace(self.address(page), PAGE as usize, Backing::Blank).map(|_| {
+                state.copies.insert(page);
+            }),
+            false => self.punch(page, chunk.end - page, libc::MAP_FIXED).map(|()| {
+                state.copies.retain(|copy| !(page..chunk.end).contains(copy));
+            }),
+        };
+        match result {
+            Ok(()) => {
                 self.counts.copied();
                 Repair::Done
             }

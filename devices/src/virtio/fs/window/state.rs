@@ -1,5 +1,6 @@
 //! The inside of a window: its address space, its table and its files, behind one lock.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
@@ -40,6 +41,8 @@ pub(super) struct Shared {
 pub(super) struct State {
     pub(super) table: ChunkTable,
     pub(super) files: Files,
+    /// Where pages are that only the guest has, by their offset in the window.
+    pub(super) copies: BTreeSet<u64>,
 }
 
 // SAFETY: `base` is never dereferenced here and never changes; what it points at is only replaced under the lock.
@@ -75,7 +78,9 @@ impl Shared {
         if let Some(file) = beyond {
             // The guest maps nothing behind what it believes to be the end: the file was longer when it asked last.
             file.believed_beyond(offset + len - CHUNK_SIZE);
-            self.note_lost(file, len / super::files::PAGE);
+            if file.end.is_none() {
+                self.note_lost(file, len / super::files::PAGE);
+            }
         }
         self.follow(&mut state, number, size);
         let part = state.files.get(number).map_or(len, |file| file.shown(offset, len));
@@ -97,8 +102,9 @@ impl Shared {
         }
         let mut is_whole = true;
         if part < len {
-            is_whole = self.punch(chunks.start() + part, len - part, libc::MAP_FIXED).is_ok();
+            is_whole = self.blank(chunks.start() + part, len - part).is_ok();
         }
+        state.forget_copies(chunks.start(), len);
         self.note_mapped(&mut state, chunks, Mapped { file: number, offset, writable }, fd);
         if let Some(file) = state.files.get(number) {
             file.is_damaged |= !is_whole;
@@ -126,7 +132,7 @@ impl Shared {
     }
 
     fn note_mapped(&self, state: &mut State, chunks: Chunks, what: Mapped, fd: BorrowedFd<'_>) {
-        let State { table, files } = state;
+        let State { table, files, .. } = state;
         if let Some(file) = files.get(what.file) {
             file.chunks += chunks.count as u64;
             // Without it the file could not be shown writable again after it was short. There is one, as a rule.
@@ -144,6 +150,7 @@ impl Shared {
     pub(super) fn unmap(&self, chunks: Chunks) -> io::Result<()> {
         let mut state = self.lock();
         self.punch(chunks.start(), chunks.bytes(), libc::MAP_FIXED)?;
+        state.forget_copies(chunks.start(), chunks.bytes());
         self.counts.unmapped(self.forget_chunks(&mut state, chunks));
         Ok(())
     }
@@ -154,13 +161,14 @@ impl Shared {
         let mut state = self.lock();
         if self.counts.mapped_chunks() > 0 {
             self.punch(all.start(), all.bytes(), libc::MAP_FIXED)?;
+            state.copies.clear();
             self.counts.cleared(self.forget_chunks(&mut state, all));
         }
         self.scratch.clear()
     }
 
     fn forget_chunks(&self, state: &mut State, chunks: Chunks) -> u64 {
-        let State { table, files } = state;
+        let State { table, files, .. } = state;
         table.unmap(chunks.first, chunks.count, |old| self.release(files, old))
     }
 
@@ -201,10 +209,10 @@ impl Shared {
         Looking(&self.short_files)
     }
 
-    /// Has the window show a file as it is at this size: holes behind its end if it has become shorter, and the file
+    /// Has the window show a file as it is at this size: zeros behind its end if it has become shorter, and the file
     /// where it has grown again.
     pub(super) fn follow(&self, state: &mut State, number: usize, size: u64) -> Change {
-        let State { table, files } = state;
+        let State { table, files, copies } = state;
         let Some(file) = files.get(number).filter(|file| file.resizing == 0) else {
             return Change::default();
         };
@@ -227,8 +235,9 @@ impl Shared {
                 result = self.lay(file, start + from, at.offset + from, after - from, at.writable);
             }
             if after < to {
-                result = result.and(self.punch(start + after, to - after, libc::MAP_FIXED));
+                result = result.and(self.blank(start + after, to - after));
             }
+            forget_within(copies, start + from, to - from);
             if let Err(error) = result {
                 // The next look at the file tries again; until then a vCPU that touches these pages waits.
                 tracing::error!(%error, "Cannot map a shared file again that has changed its size");
@@ -262,6 +271,11 @@ impl Shared {
         replace(self.address(at), len as usize, backing).map(drop)
     }
 
+    /// Puts zeros in a range behind a file's end. A vCPU that writes there has it repaired.
+    fn blank(&self, at: u64, len: u64) -> io::Result<()> {
+        replace(self.address(at), len as usize, Backing::Zeros).map(drop)
+    }
+
     /// Makes a hole of bytes, whole pages; `placement` is MAP_FIXED or MAP_FIXED_NOREPLACE, as in mmap(2).
     pub(super) fn punch(&self, at: u64, len: u64, placement: i32) -> io::Result<()> {
         for (at, offset, len) in self.scratch.pieces(at, len) {
@@ -287,6 +301,19 @@ impl Shared {
     /// What is locked stays right through a panic: it is changed after all that can fail.
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn forget_copies(&mut self, at: u64, len: u64) {
+        forget_within(&mut self.copies, at, len);
+    }
+}
+
+/// Forgets the copies in a range that was mapped anew.
+fn forget_within(copies: &mut BTreeSet<u64>, at: u64, len: u64) {
+    if !copies.is_empty() {
+        copies.retain(|page| !(at..at + len).contains(page));
     }
 }
 

@@ -73,7 +73,12 @@ fn a_file_that_shrinks_shows_zeros_and_its_data_again_when_it_grows() {
         file.as_file().set_len(700 * PAGE + 1).unwrap();
         wait_for("lost pages", || window.counters().lost_pages == 323);
         assert_eq!((page(&window, 699), page(&window, 701), page(&window, 1023)), (mark(699), 0, 0));
+        // As a vCPU does it: it is stopped, and goes on.
+        assert_eq!(window.repair(900 * PAGE, false), Repair::Unneeded);
+        assert_eq!(window.repair(900 * PAGE + 5, true), Repair::Done);
+        assert_eq!(window.repair(900 * PAGE + 5, true), Repair::Unneeded);
         poke(&window, 900 * PAGE, [1, 2]);
+        assert_eq!((peek(&window, 900 * PAGE), page(&window, 901)), ([1, 2], 0));
         file.as_file().set_len(0).unwrap();
         wait_for("all lost", || window.counters().lost_pages == 1024);
         assert_eq!((page(&window, 0), page(&window, 699)), (0, 0));
@@ -98,6 +103,32 @@ fn a_file_that_shrinks_shows_zeros_and_its_data_again_when_it_grows() {
         assert_eq!(window.lost_paths(), [file.path().to_str().unwrap()]);
         assert!(!window.has_short_files());
     }
+}
+
+/// A guest that writes behind the end of everything takes little of the host.
+#[test]
+fn pages_that_only_the_guest_has_are_few() {
+    let place = tempfile::tempdir().unwrap();
+    let window = DaxWindow::new(SIZE).unwrap();
+    let file = numbered(&place, 4096);
+    window.map(0, 0, 8 * CHUNK_SIZE, true, file.as_file().as_fd()).unwrap();
+    file.as_file().set_len(0).unwrap();
+    wait_for("lost", || window.counters().lost_pages == 4096);
+    for page in 0..4096 {
+        if page < 1024 || page % 512 == 0 {
+            assert_eq!(window.repair(page * PAGE, true), Repair::Done, "{page}");
+        }
+        poke(&window, page * PAGE, [5, 5]);
+    }
+    assert_eq!(window.counters().copied_pages, 1024 + 6);
+    assert!(window.counters().stray_bytes <= CHUNK_SIZE, "{}", window.counters().stray_bytes);
+    file.as_file().set_len(4096 * PAGE).unwrap();
+    wait_for("whole", || !window.has_short_files());
+    assert_eq!((page(&window, 5), page(&window, 4095)), (0, 0));
+    file.as_file().set_len(0).unwrap();
+    wait_for("lost again", || window.has_short_files());
+    window.repair(5 * PAGE, true);
+    assert_eq!(page(&window, 5), 0, "there is room for new ones");
 }
 
 #[test]
@@ -312,8 +343,10 @@ fn a_guest_that_writes_where_it_may_only_read_gets_the_right_or_a_copy() {
     assert_eq!(peek(&window, 6 * PAGE), [9, 9]);
     file.as_file().read_exact_at(&mut bytes, 6 * PAGE).unwrap();
     assert_eq!((bytes, window.counters().copied_pages), ([7, 0], 1));
-    let repairs: Vec<_> = (0..1024).map(|page| window.repair((page) * PAGE, true)).collect();
-    assert!(repairs.iter().filter(|repair| **repair == Repair::Done).count() < 1024);
+    assert_eq!(window.repair(6 * PAGE, true), Repair::Unneeded, "it has it");
+    window.map(2 * CHUNK_SIZE, 0, 2 * CHUNK_SIZE, false, File::open(file.path()).unwrap().as_fd()).unwrap();
+    let repairs: Vec<_> = (0..2048).map(|page| window.repair(page * PAGE, true)).collect();
+    assert_eq!(repairs.iter().filter(|repair| **repair == Repair::Done).count(), 1023);
     assert!(matches!(repairs.last(), Some(Repair::Impossible(_))), "it is bounded: {:?}", repairs.last());
 }
 
