@@ -253,6 +253,7 @@ fn descriptors_may_point_into_the_window() {
     let (entry, open) = guest.create(ROOT, "source", libc::O_RDWR).unwrap();
     guest.write(entry.nodeid, open.fh, 0, &[b's'; 4096]).unwrap();
     let memory = memory_with_window(&guest);
+    let path = guest.path("f");
 
     // From one file into a chunk of another.
     let mut read_into = |address| {
@@ -272,7 +273,15 @@ fn descriptors_may_point_into_the_window() {
     assert_eq!(read_into(WINDOW + 3 * CHUNK_SIZE + 8192), 0);
     // A hole takes it, and nobody sees it.
     assert_eq!(read_into(WINDOW), 0);
-    assert_eq!(&std::fs::read(guest.path("f")).unwrap()[CHUNK_SIZE as usize + 8192..][..4096], [b's'; 4096]);
+    assert_eq!(&std::fs::read(&path).unwrap()[CHUNK_SIZE as usize + 8192..][..4096], [b's'; 4096]);
+    // So does a file that the host has cut off, known or not known to be so.
+    let host = std::fs::File::options().write(true).open(&path).unwrap();
+    host.set_len(0).unwrap();
+    for _ in 0..20 {
+        assert_eq!(read_into(WINDOW + 3 * CHUNK_SIZE + 8192), 0);
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    assert_eq!(std::fs::read(&path).unwrap(), b"");
 }
 
 #[test]
