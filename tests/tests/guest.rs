@@ -12,6 +12,8 @@ mod dax;
 mod harness;
 #[path = "guest/hints.rs"]
 mod hints;
+#[path = "guest/host_changes.rs"]
+mod host_changes;
 #[path = "guest/io.rs"]
 mod io;
 #[path = "guest/ledger.rs"]
@@ -104,6 +106,7 @@ fn trials(places: &Result<Places, String>) -> Vec<Trial> {
     }
     for kernel in KERNELS {
         machine::trials(places, kernel, &mut trials);
+        host_changes::trials(places, kernel, &mut trials);
     }
     for kernel in RUNNER_KERNELS {
         runner::trials(places, kernel, &mut trials);

@@ -29,6 +29,7 @@ use crate::interrupts::Line;
 use crate::layout::{self, irq, ports};
 use crate::memory::{GuestRam, MemoryError, Slot, Slots};
 use crate::report::ShareCounters;
+use crate::vcpu::Memory;
 use crate::vm::{Ending, Parts, Vm, Wiring};
 
 /// Why a VM could not be built. The message names what to do where the user can do something.
@@ -141,7 +142,7 @@ pub(crate) fn build(config: ValidConfig, wiring: Wiring) -> Result<Vm, BuildErro
     let vcpus = create_vcpus(&vm, &cpuid, config.cpus, &memory, entry)?;
     let parts = Parts {
         buses,
-        memory: devices_memory,
+        memory: Memory { all: devices_memory, windows: manager.windows() },
         serial: console.serial,
         room_in_serial: console.room,
         panicked: console.panicked,

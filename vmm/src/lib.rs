@@ -21,6 +21,7 @@ mod layout;
 pub mod matrix;
 mod memory;
 mod outcome;
+mod patrol;
 mod report;
 pub mod runner;
 mod vcpu;
