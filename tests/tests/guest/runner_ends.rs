@@ -23,6 +23,8 @@ pub fn checks() -> Vec<(&'static str, RunnerCheck)> {
         ("an-interrupt-is-the-commands", interrupted),
         ("a-second-interrupt-ends-the-guest", interrupted_twice),
         ("a-sigterm-leaves-nothing-behind", terminated),
+        ("a-slow-reader-gets-everything", slow_reader),
+        ("a-reader-that-hangs-is-left-behind", hanging_reader),
     ]
 }
 
@@ -191,5 +193,40 @@ fn terminated(kernel: &Kernel) -> Outcome {
     let after = traces()?;
     let left: Vec<_> = after.difference(&before).collect();
     ensure!(left.is_empty(), "left behind: {left:?}");
+    Ok(())
+}
+
+/// The command has ended long before its output has been read.
+fn slow_reader(kernel: &Kernel) -> Outcome {
+    let mut running = CommandRun::shell(kernel, "echo begin; head -c 1000000 /dev/zero; exit 4").start()?;
+    ensure_eq!(running.wait_for_line()?, "begin");
+    thread::sleep(Duration::from_secs(10));
+    let ended = running.wait()?;
+    ensure_end(&ended, 4, "exited")?;
+    ensure!(ended.stdout == vec![0; 1_000_000], "{} bytes came", ended.stdout.len());
+    Ok(())
+}
+
+/// Nobody reads, and nobody closes the pipe either: a signal and a time limit end it all the same.
+fn hanging_reader(kernel: &Kernel) -> Outcome {
+    let mut running = CommandRun::new(kernel, &["yes"]).start()?;
+    ensure_eq!(running.wait_for_line()?, "y");
+    let pipe = running.child.stdout.take();
+    thread::sleep(Duration::from_secs(5));
+    let sent = std::time::Instant::now();
+    running.signal(Signal::TERM)?;
+    let ended = running.wait()?;
+    drop(pipe);
+    ensure_end(&ended, 143, "stopped")?;
+    ensure!(sent.elapsed() < Duration::from_secs(10), "it took {:?}", sent.elapsed());
+    // All that is left to do is to write, and nobody reads.
+    let script = "echo begin; head -c 1000000 /dev/zero";
+    let mut running = CommandRun::shell(kernel, script).options(["--timeout", "60s"]).start()?;
+    ensure_eq!(running.wait_for_line()?, "begin");
+    let pipe = running.child.stdout.take();
+    let ended = running.wait()?;
+    drop(pipe);
+    ensure_end(&ended, 124, "timeout")?;
+    ensure!(ended.time < Duration::from_secs(80), "60 s took {:?}", ended.time);
     Ok(())
 }

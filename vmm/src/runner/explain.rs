@@ -91,3 +91,70 @@ fn with_console(what: String, console: &str) -> String {
         console => format!("daxvm: {what}. The last lines of its console:\n{console}\n"),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::config::RunConfig;
+    use crate::guest::protocol::Stdio;
+    use crate::runner::plan;
+
+    /// What is said of the end of `make`, with a kernel whose modules nobody has.
+    fn said(reason: ExitReason, is_ready: bool) -> Option<String> {
+        let dir = tempfile::TempDir::new().unwrap();
+        let mut image = vec![0; 0x400];
+        image[0x202..0x206].copy_from_slice(b"HdrS");
+        std::fs::write(dir.path().join("vmlinuz"), image).unwrap();
+        let plan = plan(&RunConfig { kernel: Some(dir.path().to_owned()), ..RunConfig::default() }).unwrap();
+        let command = Command {
+            argv: vec!["make".into()],
+            env: Vec::new(),
+            directory: Path::new("/").to_owned(),
+            stdio: [Stdio::Null; 3],
+            window: None,
+        };
+        let context = Context { plan: &plan, command: &command, is_ready };
+        sentence(&reason, &context).map(|text| text + &advice(&reason, &context))
+    }
+
+    #[test]
+    fn the_commands_own_end_needs_no_words() {
+        for reason in [ExitReason::Exited { status: 1 }, ExitReason::Signaled { signal: 9 }] {
+            assert_eq!(said(reason, true), None);
+        }
+    }
+
+    #[test]
+    fn every_other_end_is_one_sentence_with_the_remedy() {
+        let failed = || ExitReason::BootFailed { what: "boot".into(), error: "why".into() };
+        let not_run = ExitReason::NotRun { status: 127, error: "why".into() };
+        for (reason, is_ready, says) in [
+            (failed(), false, &["could not boot: why", "--modules DIR", "--console stderr"][..]),
+            (failed(), true, &["could not boot: why"]),
+            (ExitReason::Panic("why".into()), false, &["panicked: why", "--modules DIR"]),
+            (ExitReason::Crash("why".into()), false, &["crashed: why", "--console stderr"]),
+            (ExitReason::Timeout, false, &["did not boot", "--timeout"]),
+            (ExitReason::Timeout, true, &["`make`", "--timeout"]),
+            (ExitReason::PowerOff, true, &["before `make` had ended"]),
+            (ExitReason::Reset, true, &["before `make` had ended"]),
+            (not_run, true, &["Cannot run `make`", "why"]),
+        ] {
+            let text = said(reason.clone(), is_ready).unwrap();
+            for part in says {
+                assert!(text.contains(part), "{reason:?}: {text}");
+            }
+            assert!(is_ready != text.contains("--console"), "{reason:?}: {text}");
+        }
+    }
+
+    #[test]
+    fn the_console_is_shown_when_there_is_something() {
+        assert_eq!(with_console("It hangs".into(), " \n"), "daxvm: It hangs.\n");
+        assert_eq!(
+            with_console("It hangs".into(), "a\nb\n"),
+            "daxvm: It hangs. The last lines of its console:\na\nb\n"
+        );
+    }
+}

@@ -15,7 +15,7 @@ use crate::vm::Ending;
 /// The signals by which a caller ends the program.
 const ENDING: [libc::c_int; 4] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT];
 /// How long a VM may take to end. What holds it up is a thread that writes to a pipe which nobody reads.
-pub(super) const GRACE: Duration = Duration::from_secs(5);
+pub(super) const GRACE: Duration = Duration::from_secs(10);
 /// Signals that come closer together than this are one: `timeout` sends its signal to the program, and then to all of
 /// its process group.
 const ONE_SIGNAL: Duration = Duration::from_millis(50);

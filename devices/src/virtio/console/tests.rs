@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Seek, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -503,6 +503,35 @@ fn a_device_whose_output_nobody_reads_stops_at_once() {
     let mut got = Vec::new();
     reader.read_to_end(&mut got).unwrap();
     assert!(got == data[..got.len()]);
+}
+
+#[test]
+fn a_terminal_is_an_input_and_an_output_and_holds_nobody_up() {
+    let (mut user, mut terminal) = (-1, -1);
+    let (name, attributes, size) = (std::ptr::null_mut(), std::ptr::null(), std::ptr::null());
+    // SAFETY: two integers to write to, and no name, attributes and size.
+    assert_eq!(unsafe { libc::openpty(&mut user, &mut terminal, name, attributes, size) }, 0);
+    // SAFETY: both were just opened, and nobody else owns them.
+    let [mut user, terminal] = [user, terminal].map(|fd| unsafe { File::from_raw_fd(fd) });
+    let input = terminal.try_clone().unwrap().into();
+    let mut console = Console::open(vec![port("tty", Some(input), Some(terminal.into()))]);
+    user.write_all(b"line\n").unwrap();
+    assert_eq!(console.input(64), b"line\n");
+    let mut echo = [0; 6];
+    user.read_exact(&mut echo).unwrap();
+    assert_eq!(&echo, b"line\r\n");
+    console.output(b"output");
+    user.read_exact(&mut echo).unwrap();
+    assert_eq!(&echo, b"output");
+    // Much more than a terminal takes when nobody looks.
+    console.output(&[b'x'; 1 << 20]);
+    console.driver.send(IN, &[writable(DATA + (2 << 20), 64)]);
+    std::thread::sleep(Duration::from_millis(50));
+    let start = Instant::now();
+    console.device.reset();
+    assert!(start.elapsed() < Duration::from_secs(2));
+    assert_eq!((console.driver.used(IN), console.driver.wait_used(OUT).1), (None, 0));
+    assert_eq!(console.driver.used(OUT), None);
 }
 
 #[test]
