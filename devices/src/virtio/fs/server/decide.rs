@@ -179,6 +179,7 @@ impl Server {
         let xattrs: Vec<_> = needs.xattrs.iter().map(|name| value(name)).collect();
         facts.xattrs = &xattrs;
         let decision = self.dax.policy.decide(&facts, current);
+        self.counts.decisions.add(&decision);
         tracing::trace!(node, ?decision, ?facts, "decided");
         (decision.dax, kept)
     }
@@ -231,7 +232,7 @@ impl Server {
     }
 
     /// Where the client found a file first, relative to the share; empty if it is there no more.
-    fn path(&self, node: u64) -> Vec<u8> {
+    pub(super) fn path(&self, node: u64) -> Vec<u8> {
         const GONE: &[u8] = b" (deleted)";
         let root = std::fs::read_link(format!("/proc/self/fd/{}", self.root.as_raw_fd()));
         let (Ok(root), Ok(path)) = (root, self.fs.readlinkat_proc_file(node)) else { return Vec::new() };
