@@ -40,6 +40,8 @@ mod runner;
 mod runner_ends;
 #[path = "guest/runner_terminal.rs"]
 mod runner_terminal;
+#[path = "guest/seen.rs"]
+mod seen;
 #[path = "guest/tree.rs"]
 mod tree;
 

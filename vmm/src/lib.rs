@@ -4,6 +4,7 @@
 //! it into a [`Vm`] (see `builder.rs`, which reads as the recipe); [`Vm::run`] runs the guest to its end and returns a
 //! [`Report`]. [`Vm::ending`] gives the means to end it from another thread.
 
+pub mod api;
 mod arch;
 mod boot;
 mod builder;
@@ -20,10 +21,12 @@ mod interrupts;
 mod layout;
 pub mod matrix;
 mod memory;
+pub mod metrics;
 mod outcome;
 mod patrol;
 mod report;
 pub mod runner;
+mod top;
 mod vcpu;
 mod vm;
 

@@ -12,6 +12,7 @@ pub use devices::virtio::console::{Port, PortsHandle};
 use kvm_ioctls::VcpuFd;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use crate::api::Probe;
 use crate::builder::BuildError;
 use crate::config::ValidConfig;
 use crate::console::ConsoleLog;
@@ -142,6 +143,13 @@ impl Vm {
     /// The ports of the wiring.
     pub fn ports(&self) -> PortsHandle {
         self.parts.ports.clone()
+    }
+
+    /// A view of the VM's counters, which outlives it.
+    pub fn probe(&self) -> Probe {
+        let Parts { config, started, shares, disks, ports, .. } = &self.parts;
+        let shares = shares.iter().map(|share| share.counters.clone()).collect();
+        Probe::new(config.clone(), *started, shares, disks.clone(), ports.clone())
     }
 
     /// The last lines of the guest's console.

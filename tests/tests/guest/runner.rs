@@ -12,7 +12,7 @@ use tests::guest::data::Content;
 use tests::vm::{CommandEnded, CommandRun, Kernel, scratch};
 
 use crate::harness::{Outcome, Places, end_current, ensure, ensure_eq, trial};
-use crate::{runner_ends, runner_terminal};
+use crate::{runner_ends, runner_terminal, seen};
 
 /// A check that runs commands with one kernel.
 pub type RunnerCheck = fn(&Kernel) -> Outcome;
@@ -37,6 +37,7 @@ pub fn trials(places: &Result<Places, String>, kernel: &'static str, trials: &mu
             ("orphans-do-not-matter", orphans),
         ]);
         checks.extend(runner_ends::checks());
+        checks.extend(seen::checks());
         checks.extend(runner_terminal::checks());
     }
     for (name, check) in checks {

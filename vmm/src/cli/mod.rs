@@ -2,6 +2,7 @@
 
 mod completions;
 mod config;
+mod ctl;
 mod dry_run;
 mod man;
 mod policy;
@@ -10,6 +11,7 @@ mod run;
 mod sections;
 mod share;
 mod test;
+mod top;
 
 use std::process::ExitCode;
 
@@ -32,6 +34,8 @@ pub struct Cli {
 enum Command {
     Run(Box<run::RunArgs>),
     Test(test::TestArgs),
+    Top(top::TopArgs),
+    Ctl(ctl::CtlArgs),
     Policy(policy::PolicyArgs),
     Config(config::ConfigArgs),
     Completions(completions::CompletionsArgs),
@@ -59,6 +63,8 @@ pub fn main() -> ExitCode {
     let result = match cli.command {
         Command::Run(args) => args.execute(),
         Command::Test(args) => args.execute(),
+        Command::Top(args) => args.execute(),
+        Command::Ctl(args) => args.execute(),
         Command::Policy(args) => args.execute(),
         Command::Config(args) => args.execute(),
         Command::Completions(args) => args.execute(),

@@ -11,8 +11,8 @@ use super::dry_run;
 use super::root::{parse_disk, parse_root};
 use super::share::parse_share;
 use crate::config::{
-    DiskConfig, Host, RootConfig, RunConfig, ShareConfig, parse_cpus, parse_limit, parse_memory,
-    parse_variable,
+    DiskConfig, Host, RootConfig, RunConfig, ShareConfig, parse_cpus, parse_interval, parse_limit,
+    parse_memory, parse_variable,
 };
 
 /// Boot a guest, and run a command in it
@@ -96,6 +96,15 @@ pub struct RunArgs {
     /// Write how the guest ended, timing and counters as JSON
     #[arg(long, value_name = "FILE", help_heading = "Output")]
     report: Option<PathBuf>,
+    /// Write counters for Prometheus again and again while the guest runs, and at its end
+    #[arg(long, value_name = "FILE", help_heading = "Output")]
+    metrics_file: Option<PathBuf>,
+    /// How often to write them; every 5s by default
+    #[arg(long, value_name = "TIME", value_parser = parse_interval, help_heading = "Output")]
+    metrics_interval: Option<Duration>,
+    /// Listen on a Unix socket that tells, over HTTP, what the guest does (for `daxvm top` and `daxvm ctl`)
+    #[arg(long, value_name = "PATH", help_heading = "Output")]
+    api_socket: Option<PathBuf>,
     /// Take the configuration from a file (`daxvm config schema` says what is in it)
     #[arg(long = "config", value_name = "FILE", help_heading = "Configuration")]
     file: Option<PathBuf>,
@@ -154,6 +163,9 @@ impl RunArgs {
             boot_timeout: self.boot_timeout,
             console: self.console,
             report: self.report,
+            metrics_file: self.metrics_file,
+            metrics_interval: self.metrics_interval,
+            api_socket: self.api_socket,
             command: self.command,
         }
     }

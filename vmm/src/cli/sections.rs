@@ -51,6 +51,10 @@ const RUN: &[Section] = &[
                 "A guest with an init of its own, which finds a directory under the name `src`.",
             ),
             (
+                "daxvm run --api-socket vm.sock -- make",
+                "Can be watched meanwhile: `daxvm top vm.sock`, `daxvm ctl vm.sock status`.",
+            ),
+            (
                 "daxvm run --config ci.toml --dry-run",
                 "Shows what a configuration file makes of the machine; nothing is booted.",
             ),
@@ -86,11 +90,23 @@ const CONFIG: &[Section] = &[
     },
 ];
 
+const TOP: &[Section] = &[
+    Section {
+        title: "Keys",
+        entries: &[("q", "End."), ("Tab", "The next share; Shift-Tab for the one before.")],
+    },
+    Section {
+        title: "Environment",
+        entries: &[("NO_COLOR", "Set to anything: files are told apart by letters alone.")],
+    },
+];
+
 /// The sections of a subcommand. They are those of its first page: `config` has them for `config check`.
 fn of(command: &Command) -> &'static [Section] {
     match command.get_name() {
         "run" => RUN,
         "config" => CONFIG,
+        "top" => TOP,
         _ => &[],
     }
 }

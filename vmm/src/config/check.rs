@@ -78,11 +78,28 @@ impl RunConfig {
             }
         }
         let console = self.console.as_ref().filter(|path| path.as_os_str() != "stderr");
-        for (key, path) in [("console", console), ("report", self.report.as_ref())] {
+        let outputs = [
+            ("console", console),
+            ("report", self.report.as_ref()),
+            ("metrics-file", self.metrics_file.as_ref()),
+            ("api-socket", self.api_socket.as_ref()),
+        ];
+        for (key, path) in outputs {
             if let Some(directory) = path.and_then(|path| path.parent()).filter(|parent| !parent.is_dir()) {
                 let directory = directory.display();
                 problems.add(&[key], format!("--{key}: there is no directory {directory}: make it first"));
             }
+        }
+        if let Some(path) = &self.metrics_file
+            && fs::metadata(path).is_ok_and(|metadata| !metadata.is_file())
+        {
+            let path = path.display();
+            let message = format!("--metrics-file {path}: it is no file, and would be replaced: give a file");
+            problems.add(&["metrics-file"], message);
+        }
+        if self.metrics_interval.is_some() && self.metrics_file.is_none() {
+            let message = "--metrics-interval is for --metrics-file: give that, too, or leave both out";
+            problems.add(&["metrics-interval"], message);
         }
         problems.0
     }
@@ -332,6 +349,22 @@ mod tests {
                 "truncate -s 1G",
             ),
             (RunConfig { report: Some(none()), ..guest() }, "no directory /nonexistent", "make it"),
+            (
+                RunConfig { metrics_file: Some(none()), ..guest() },
+                "--metrics-file: there is no directory",
+                "make it",
+            ),
+            (
+                RunConfig { metrics_file: Some("/dev/null".into()), ..guest() },
+                "--metrics-file /dev/null: it is no file",
+                "give a file",
+            ),
+            (
+                RunConfig { metrics_interval: Some(std::time::Duration::from_secs(1)), ..guest() },
+                "--metrics-interval is for --metrics-file",
+                "give that",
+            ),
+            (RunConfig { api_socket: Some(none()), ..guest() }, "--api-socket: there is no", "make it"),
             (RunConfig { console: Some(none()), ..guest() }, "--console: there is no directory", "make it"),
         ];
         for (config, what, remedy) in cases {

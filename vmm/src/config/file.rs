@@ -149,6 +149,9 @@ timeout = "5m"
 boot-timeout = 20
 console = "stderr"
 report = "out/report.json"
+metrics-file = "out/daxvm.prom"
+metrics-interval = "500ms"
+api-socket = "/run/vm.sock"
 command = ["make", "test"]
 root = { path = "debian", mode = "ro", dax = "auto", window = "64M" }
 env = { RUST_LOG = "debug", HOME = true }
@@ -203,6 +206,9 @@ read-only = true
             boot_timeout: Some(Duration::from_secs(20)),
             console: Some("stderr".into()),
             report: Some("/etc/vm/out/report.json".into()),
+            metrics_file: Some("/etc/vm/out/daxvm.prom".into()),
+            metrics_interval: Some(Duration::from_millis(500)),
+            api_socket: Some("/run/vm.sock".into()),
             command: vec!["make".into(), "test".into()],
         }
     }

@@ -26,7 +26,8 @@ pub use file::{ConfigFileError, schema};
 pub use host::Host;
 pub use run::{RootConfig, RunConfig};
 pub use values::{
-    parse_cpus, parse_limit, parse_memory, parse_tag, parse_variable, parse_window, split_options,
+    parse_cpus, parse_interval, parse_limit, parse_memory, parse_tag, parse_variable, parse_window,
+    split_options,
 };
 pub use windows::{ShareWindow, WindowsError};
 

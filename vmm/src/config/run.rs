@@ -57,6 +57,14 @@ pub struct RunConfig {
     pub console: Option<PathBuf>,
     /// Where the report goes.
     pub report: Option<PathBuf>,
+    /// Where counters go while the guest runs, for Prometheus; the file is replaced again and again.
+    pub metrics_file: Option<PathBuf>,
+    /// How often the metrics file is written; every 5 seconds by default.
+    #[serde(with = "values::interval", skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "values::limit_schema")]
+    pub metrics_interval: Option<Duration>,
+    /// Where the Unix socket is made on which the running VM can be asked what it does.
+    pub api_socket: Option<PathBuf>,
     /// Program and arguments; none for a guest with an initramfs of its own. The command line's replaces that of a file.
     #[serde(with = "values::command", skip_serializing_if = "Vec::is_empty")]
     #[schemars(with = "Vec<String>")]
@@ -135,6 +143,9 @@ impl RunConfig {
             boot_timeout: over.boot_timeout.or(self.boot_timeout),
             console: over.console.or(self.console),
             report: over.report.or(self.report),
+            metrics_file: over.metrics_file.or(self.metrics_file),
+            metrics_interval: over.metrics_interval.or(self.metrics_interval),
+            api_socket: over.api_socket.or(self.api_socket),
             command: if over.command.is_empty() { self.command } else { over.command },
         }
     }
@@ -153,7 +164,8 @@ impl RunConfig {
         for path in rule_files {
             values::absolute(path, base);
         }
-        let paths = single.into_iter().chain([&mut self.report]).flatten().chain(console);
+        let outputs = [&mut self.report, &mut self.metrics_file, &mut self.api_socket];
+        let paths = single.into_iter().chain(outputs).flatten().chain(console);
         let lists = self.rw.iter_mut().chain(self.shares.iter_mut().map(|share| &mut share.path));
         let lists = lists.chain(self.disks.iter_mut().map(|disk| &mut disk.path));
         for path in paths.chain(lists).chain([&mut self.root.path]) {

@@ -80,6 +80,24 @@ pub fn parse_limit(text: &str) -> Result<Duration, String> {
     check_limit(parse_duration(text)?)
 }
 
+/// The shortest interval at which files are written or a VM is asked.
+const MIN_INTERVAL: Duration = Duration::from_millis(100);
+
+/// Parses an interval: 100 ms or more.
+///
+/// # Errors
+/// What to write.
+pub fn parse_interval(text: &str) -> Result<Duration, String> {
+    check_interval(parse_duration(text)?)
+}
+
+fn check_interval(interval: Duration) -> Result<Duration, String> {
+    match interval < MIN_INTERVAL {
+        true => Err("an interval is 100ms or longer".into()),
+        false => Ok(interval),
+    }
+}
+
 fn check_limit(limit: Duration) -> Result<Duration, String> {
     match limit.is_zero() {
         true => Err("in no time nothing can run; leave it out for no limit".into()),
@@ -177,6 +195,13 @@ human!(
     window: u64, "a size: \"256M\", or a number of bytes", check_window, parse_window,
     |value, serializer: S| serializer.serialize_str(&devices::text::exact_size(value))
 );
+human!(
+    /// An interval: `"5s"`, or seconds.
+    interval: Duration, "a time: \"500ms\", \"5s\", or a number of seconds",
+    |seconds| check_interval(Duration::from_secs(seconds)), parse_interval,
+    |value, serializer: S| serializer.serialize_str(&devices::text::exact_duration(value))
+);
+
 human!(
     /// A limit of time: `"90s"`, or seconds.
     limit: Duration, "a time: \"90s\", \"5m\", or a number of seconds",

@@ -7,6 +7,7 @@
 
 mod explain;
 mod kernel;
+mod observers;
 mod own_init;
 mod plan;
 mod session;
@@ -25,10 +26,12 @@ use std::time::{Duration, Instant};
 pub use kernel::KernelError;
 pub use plan::{Console, Plan, PlanError, plan};
 
+use crate::api::SocketError;
 use crate::builder::BuildError;
 use crate::config::{ConfigError, RunConfig, ValidConfig, VmConfig};
 use crate::console::restore_terminal;
 use crate::guest::image::ImageError;
+use crate::metrics::MetricsFileError;
 use crate::outcome::ExitReason;
 use crate::report::Report;
 use crate::vm::Ending;
@@ -66,6 +69,12 @@ pub enum RunError {
         #[source]
         source: io::Error,
     },
+    /// There is no API socket.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    /// The metrics cannot be written.
+    #[error(transparent)]
+    Metrics(#[from] MetricsFileError),
     /// The system refuses something that the runner needs.
     #[error("Cannot {0}")]
     System(&'static str, #[source] io::Error),

@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::time::Instant;
 
+use super::observers::Observers;
 use super::signals::Signals;
 use super::{Plan, RunError, console, end_on_panic, explain, machine, write_report};
 use crate::console::{make_terminal_raw, restore_terminal};
@@ -11,8 +12,10 @@ use crate::vm::{ConsoleInput, Vm, Wiring};
 
 /// Runs the guest to its end; returns the exit status.
 pub(super) fn run(plan: Plan, signals: Signals, begin: Instant) -> Result<u8, RunError> {
+    let observers = Observers::prepare(&plan)?;
     let wiring = Wiring { console: console(&plan.console)?, initramfs: None, ports: Vec::new() };
     let mut vm = Vm::build(machine(&plan, begin)?, wiring)?;
+    let observers = observers.start(&plan, &vm)?;
     let system = |what| move |error| RunError::System(what, error);
     signals.handle(vm.ending(), None).map_err(system("start a thread"))?;
     end_on_panic(vm.ending());
@@ -21,6 +24,7 @@ pub(super) fn run(plan: Plan, signals: Signals, begin: Instant) -> Result<u8, Ru
     let input = if terminal { ConsoleInput::Terminal(input) } else { ConsoleInput::From(input) };
     let result = vm.run(input);
     restore_terminal();
+    drop(observers);
     let report = result.map_err(system("run the guest"))?;
     write_report(&plan, &report)?;
     explain::own_init(&report.reason, || vm.console_tail(explain::TAIL_LINES));

@@ -19,6 +19,7 @@ use crate::config::{
 };
 use crate::guest::protocol::{Command, Mount, Root, RootMode, Stdio, Task};
 use crate::initramfs::{Module, ModuleError, ModuleTree};
+use crate::metrics;
 
 /// The tag of the root file system's share; those of `--rw` have a number behind it.
 const ROOT_TAG: &str = "daxvm-root";
@@ -115,6 +116,10 @@ pub struct Plan {
     pub console: Console,
     /// Where the report goes.
     pub report: Option<PathBuf>,
+    /// Where counters go while the guest runs, and how often.
+    pub metrics: Option<(PathBuf, Duration)>,
+    /// Where the running VM can be asked.
+    pub api_socket: Option<PathBuf>,
 }
 
 /// Where the output of the kernel's console goes.
@@ -180,6 +185,11 @@ pub fn plan(config: &RunConfig) -> Result<Plan, PlanError> {
         boot_timeout: config.boot_timeout.unwrap_or(BOOT_TIMEOUT),
         console: console(config.console.as_deref(), has_command),
         report: config.report.clone(),
+        metrics: config
+            .metrics_file
+            .clone()
+            .map(|file| (file, config.metrics_interval.unwrap_or(metrics::DEFAULT_INTERVAL))),
+        api_socket: config.api_socket.clone(),
     })
 }
 

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::observers::Observers;
 use super::signals::Signals;
 use super::{Plan, RunError, console, end_on_panic, explain, machine, terminal, watchdog, write_report};
 use crate::console::{make_terminal_raw, restore_terminal};
@@ -69,6 +70,7 @@ impl Guest {
 /// Runs the guest to its end; returns the exit status.
 pub(super) fn run(plan: Plan, task: Task, signals: Signals, begin: Instant) -> Result<u8, RunError> {
     let system = |what| move |error| RunError::System(what, error);
+    let observers = Observers::prepare(&plan)?;
     let initramfs = image::initramfs(&task, &plan.modules)?;
     let is_terminal = task.command.stdio[0] == Stdio::Terminal;
     let typed = if is_terminal { Some(io::pipe().map_err(system("create a pipe"))?) } else { None };
@@ -79,6 +81,7 @@ pub(super) fn run(plan: Plan, task: Task, signals: Signals, begin: Instant) -> R
 
     let wiring = Wiring { console: console(&plan.console)?, initramfs: Some(initramfs), ports };
     let mut vm = Vm::build(machine(&plan, begin)?, wiring)?;
+    let observers = observers.start(&plan, &vm)?;
     let ending = vm.ending();
     end_on_panic(ending.clone());
     let progress = Arc::new(Progress::new());
@@ -98,6 +101,7 @@ pub(super) fn run(plan: Plan, task: Task, signals: Signals, begin: Instant) -> R
 
     let result = vm.run(ConsoleInput::None);
     restore_terminal();
+    drop(observers);
     let mut report = result.map_err(system("run the guest"))?;
     complete(&mut report, &progress, begin);
     write_report(&plan, &report)?;

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::session::{Guest, Progress};
 use super::stdio::window_size;
+use crate::api::remove_sockets;
 use crate::console::restore_terminal;
 use crate::guest::protocol::ToGuest;
 use crate::outcome::{ExitReason, Stop};
@@ -99,9 +100,10 @@ impl Signals {
     }
 }
 
-/// Leaves the program with the terminal as it was found, whatever its threads are stuck in.
+/// Leaves the program with the terminal as it was found and without a socket, whatever its threads are stuck in.
 pub(super) fn leave(status: u8) -> ! {
     restore_terminal();
+    remove_sockets();
     // SAFETY: _exit takes any status, and runs nothing of ours.
     unsafe { libc::_exit(status.into()) }
 }

@@ -7,6 +7,10 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use serde::Serialize;
 
 use super::abi::opcode;
+use super::accounts::{Accounts, FileTable};
+use super::decisions::{DecisionCount, DecisionCounts};
+use super::latency::{Histogram, Latency};
+use super::policy::Policy;
 use super::window::{DaxWindow, WindowCounters};
 
 /// The counters of one share at one moment; all count from the device's creation on.
@@ -31,7 +35,20 @@ pub struct FileSystemCounters {
     /// Paths on the host of files that the guest had mapped and whose pages the host took away or could not provide: the
     /// first few of them.
     pub lost_paths: Vec<String>,
+    /// What the policy decided, by rule and reason.
+    pub decisions: Vec<DecisionCount>,
+    /// SETUPMAPPING requests that were refused because the file is not DAX for the client.
+    pub denied_mappings: u64,
+    /// How long SETUPMAPPING requests took, from the request to the reply.
+    pub setup_latency: Latency,
+    /// How long REMOVEMAPPING requests took, each with all its entries.
+    pub remove_latency: Latency,
+    /// The files that had most of the window; absent if the share has none.
+    pub files: Option<FileTable>,
 }
+
+/// Files that are named in reports, for each share.
+const REPORTED_FILES: usize = 20;
 
 /// The living counters, written by all queues.
 pub(super) struct Counts {
@@ -41,10 +58,17 @@ pub(super) struct Counts {
     denied: AtomicU64,
     changed: AtomicU64,
     hint_queries: AtomicU64,
+    denied_mappings: AtomicU64,
+    pub(super) decisions: DecisionCounts,
+    pub(super) setup_latency: Histogram,
+    pub(super) remove_latency: Histogram,
+    /// None without a window.
+    pub(super) accounts: Option<Accounts>,
 }
 
 impl Counts {
-    pub(super) fn new() -> Counts {
+    /// For a share with this policy and a window of so many bytes, or none.
+    pub(super) fn new(policy: Policy, window_size: u64) -> Counts {
         Counts {
             requests: [const { AtomicU64::new(0) }; opcode::NAMES.len()],
             other: AtomicU64::new(0),
@@ -52,6 +76,11 @@ impl Counts {
             denied: AtomicU64::new(0),
             changed: AtomicU64::new(0),
             hint_queries: AtomicU64::new(0),
+            denied_mappings: AtomicU64::new(0),
+            decisions: DecisionCounts::new(policy),
+            setup_latency: Histogram::new(),
+            remove_latency: Histogram::new(),
+            accounts: (window_size > 0).then(|| Accounts::new(window_size)),
         }
     }
 
@@ -70,6 +99,10 @@ impl Counts {
     pub(super) fn hint_query(&self) {
         self.hint_queries.fetch_add(1, Relaxed);
     }
+
+    pub(super) fn denied_mapping(&self) {
+        self.denied_mappings.fetch_add(1, Relaxed);
+    }
 }
 
 /// A handle through which a share's counters can be read from anywhere, at any time, also after the device is gone.
@@ -81,6 +114,27 @@ pub struct CountersHandle {
 }
 
 impl CountersHandle {
+    /// The share's tag.
+    pub fn tag(&self) -> &str {
+        &self.tag
+    }
+
+    /// Whether the share has a DAX window.
+    pub fn has_window(&self) -> bool {
+        self.window.is_some()
+    }
+
+    /// The number of the file that each chunk of the window shows, 0 for none; empty without a window.
+    pub fn chunk_owners(&self) -> Vec<u32> {
+        self.counts.accounts.as_ref().map(Accounts::owners).unwrap_or_default()
+    }
+
+    /// The files that had parts of the window, those with the most chunks first, no more than `limit`; none without a
+    /// window.
+    pub fn files(&self, limit: usize) -> FileTable {
+        self.counts.accounts.as_ref().map(|accounts| accounts.files(limit)).unwrap_or_default()
+    }
+
     /// The counters as they are now.
     pub fn snapshot(&self) -> FileSystemCounters {
         let mut requests = BTreeMap::new();
@@ -100,6 +154,11 @@ impl CountersHandle {
             reincarnations: self.counts.changed.load(Relaxed),
             hint_queries: self.counts.hint_queries.load(Relaxed),
             lost_paths: self.window.as_ref().map(|window| window.lost_paths()).unwrap_or_default(),
+            decisions: self.counts.decisions.snapshot(),
+            denied_mappings: self.counts.denied_mappings.load(Relaxed),
+            setup_latency: self.counts.setup_latency.snapshot(),
+            remove_latency: self.counts.remove_latency.snapshot(),
+            files: self.counts.accounts.as_ref().map(|accounts| accounts.files(REPORTED_FILES)),
         }
     }
 }

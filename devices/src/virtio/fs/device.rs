@@ -147,7 +147,8 @@ impl FileSystemDevice {
             Ok(root) => root,
             Err(source) => return Err(FileSystemError::Path { path, source }),
         };
-        let (tag, counts) = (Arc::<str>::from(tag), Arc::new(Counts::new()));
+        let counts = Arc::new(Counts::new(policy.clone(), window_size));
+        let tag = Arc::<str>::from(tag);
         let server = ServerConfig {
             tag: Arc::clone(&tag),
             root,

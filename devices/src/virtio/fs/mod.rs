@@ -5,11 +5,14 @@
 //! with attributes from `per_file_dax`, which asks the [`policy`]; mappings go to the [`window`].
 
 mod abi;
+mod accounts;
 mod cache;
 mod counters;
+mod decisions;
 mod device;
 pub mod hint;
 mod inodes;
+mod latency;
 mod per_file_dax;
 pub mod policy;
 mod refusals;
@@ -20,8 +23,11 @@ mod testing;
 mod tests;
 pub mod window;
 
+pub use self::accounts::{CHURN_TIME, FileCounters, FileTable, MAX_FILES};
 pub use self::cache::{CacheMode, UnknownCacheMode};
 pub use self::counters::{CountersHandle, FileSystemCounters};
+pub use self::decisions::DecisionCount;
 pub use self::device::{
     FileSystemConfig, FileSystemDevice, FileSystemError, MAX_REQUEST_QUEUES, TagError, check_tag,
 };
+pub use self::latency::{Latency, LatencyBucket};

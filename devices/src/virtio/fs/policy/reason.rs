@@ -58,6 +58,35 @@ pub enum Fact {
     Window,
 }
 
+impl Fact {
+    /// All of them, in the order of their declaration.
+    pub const ALL: [Fact; 8] = [
+        Fact::NotRegular,
+        Fact::SetId,
+        Fact::Capabilities,
+        Fact::Alike,
+        Fact::Hint,
+        Fact::Size,
+        Fact::Cost,
+        Fact::Window,
+    ];
+
+    /// One word for counters: `not-regular`, `set-id`, `capabilities`, `all` (the rule treats all files alike), `hint`,
+    /// `size`, `cost`, `window`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Fact::NotRegular => "not-regular",
+            Fact::SetId => "set-id",
+            Fact::Capabilities => "capabilities",
+            Fact::Alike => "all",
+            Fact::Hint => "hint",
+            Fact::Size => "size",
+            Fact::Cost => "cost",
+            Fact::Window => "window",
+        }
+    }
+}
+
 /// A decision in words.
 pub struct Explanation<'a> {
     pub(super) policy: &'a Policy,

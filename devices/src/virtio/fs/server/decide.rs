@@ -20,7 +20,7 @@ use super::xattr;
 use crate::virtio::device::HostMemory;
 use crate::virtio::fs::inodes::KnownHint;
 use crate::virtio::fs::per_file_dax::ClientDax;
-use crate::virtio::fs::policy::{FileFacts, WindowFacts};
+use crate::virtio::fs::policy::{Fact, FileFacts, WindowFacts};
 use crate::virtio::fs::window::CHUNK_SIZE;
 
 /// How much older than the moment of reading a file's ctime must be for the hint to be kept with it. The host's file
@@ -181,7 +181,14 @@ impl Server {
         facts.xattrs = &xattrs;
         let mut decision = self.dax.policy.decide(&facts, current);
         // A file that could not be mapped would give the client errors, where READ and WRITE give it data.
-        decision.dax &= current == Some(true) || !self.window.as_ref().is_some_and(|window| window.is_full());
+        if decision.dax
+            && current != Some(true)
+            && self.window.as_ref().is_some_and(|window| window.is_full())
+        {
+            decision.dax = false;
+            decision.reason.fact = Fact::Window;
+        }
+        self.counts.decisions.add(&decision);
         tracing::trace!(node, ?decision, ?facts, "decided");
         (decision.dax, kept)
     }
@@ -234,7 +241,7 @@ impl Server {
     }
 
     /// Where the client found a file first, relative to the share; empty if it is there no more.
-    fn path(&self, node: u64) -> Vec<u8> {
+    pub(super) fn path(&self, node: u64) -> Vec<u8> {
         const GONE: &[u8] = b" (deleted)";
         let root = std::fs::read_link(format!("/proc/self/fd/{}", self.root.as_raw_fd()));
         let (Ok(root), Ok(path)) = (root, self.fs.readlinkat_proc_file(node)) else { return Vec::new() };

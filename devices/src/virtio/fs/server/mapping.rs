@@ -3,8 +3,10 @@
 use std::fs::File;
 use std::io;
 use std::mem::size_of;
+use std::ops::Range;
 use std::os::fd::{BorrowedFd, RawFd};
 use std::sync::Arc;
+use std::time::Instant;
 
 use fuse_backend_rs::abi::virtio_fs::{RemovemappingIn, RemovemappingOne, SetupmappingFlags, SetupmappingIn};
 use fuse_backend_rs::api::filesystem::{Context, SetattrValid};
@@ -13,8 +15,9 @@ use fuse_backend_rs::transport::FsCacheReqHandler;
 use super::Server;
 use super::decide::CAPABILITIES;
 use super::message::{Reply, Request, errno};
+use crate::virtio::fs::accounts::Mapped;
 use crate::virtio::fs::policy::{is_set_id, without_set_id};
-use crate::virtio::fs::window::{DaxWindow, WindowError};
+use crate::virtio::fs::window::{CHUNK_SHIFT, DaxWindow, WindowError};
 
 /// SETUPMAPPING flags for the library, which opens the file accordingly.
 const READ: u64 = SetupmappingFlags::READ.bits();
@@ -36,6 +39,7 @@ impl Server {
         let (context, nodeid) = (self.context(request), request.header.nodeid);
         let (stat, _) = self.fs.getattr(&context, nodeid, None)?;
         if !self.may_map(request, &stat) {
+            self.counts.denied_mapping();
             tracing::debug!(nodeid, mode = stat.st_mode, "the guest maps a file that is not DAX for it");
             return Err(errno(libc::EPERM));
         }
@@ -53,11 +57,17 @@ impl Server {
         // the host can only end the guest then. So what can be written is mapped so at once. Programs are left out,
         // as nobody could start them on the host as long as they are mapped writable (ETXTBSY).
         let is_program = stat.st_mode & 0o111 != 0;
-        let result = match map(write || !self.read_only && !is_program) {
-            Err(error) if !write && denies_writing(&error) => map(false),
-            result => result,
-        };
+        let mut writable = write || !self.read_only && !is_program;
+        let mut result = map(writable);
+        if !write && result.as_ref().is_err_and(denies_writing) {
+            writable = false;
+            result = map(false);
+        }
         result.map_err(no_retry)?;
+        if let Some(accounts) = &self.counts.accounts {
+            let mapped = Mapped { chunks: chunks(ask.moffset, ask.len), writable };
+            accounts.mapped(nodeid, mapped, Instant::now(), || self.path(nodeid));
+        }
         reply.empty()
     }
 
@@ -73,7 +83,11 @@ impl Server {
         for _ in 0..count {
             let RemovemappingOne { moffset, len } = request.arg()?;
             // One bad entry does not keep the others mapped.
-            result = result.and(window.unmap(moffset, len).map_err(refuse));
+            let unmapped = window.unmap(moffset, len).map_err(refuse);
+            if let (Ok(()), Some(accounts)) = (&unmapped, &self.counts.accounts) {
+                accounts.unmapped(chunks(moffset, len), Instant::now());
+            }
+            result = result.and(unmapped);
         }
         result.map_err(no_retry)?;
         reply.empty()
@@ -138,6 +152,11 @@ impl Server {
         self.fs.setupmapping(context, nodeid, 0, 0, flags, 0, &mut taker)?;
         taker.0.ok_or_else(|| errno(libc::EIO))
     }
+}
+
+/// The chunks of a range of the window that has been mapped or unmapped, and so is one.
+fn chunks(moffset: u64, len: u64) -> Range<usize> {
+    (moffset >> CHUNK_SHIFT) as usize..((moffset + len) >> CHUNK_SHIFT) as usize
 }
 
 /// Whether a file cannot be opened for writing but perhaps for reading.

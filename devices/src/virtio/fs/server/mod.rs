@@ -24,6 +24,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::Instant;
 
 use fuse_backend_rs::api::filesystem::Context;
 use fuse_backend_rs::passthrough::{CachePolicy, Config, PassthroughFs};
@@ -38,6 +39,7 @@ use super::abi::opcode;
 use super::cache::CacheMode;
 use super::counters::Counts;
 use super::hint::HintStore;
+use super::latency::Histogram;
 use super::per_file_dax::{ClientDax, PerFileDax};
 use super::policy::Policy;
 use super::window::DaxWindow;
@@ -199,8 +201,10 @@ impl Server {
             opcode::SETXATTR => self.setxattr(request, reply),
             opcode::REMOVEXATTR => self.removexattr(request, reply),
 
-            opcode::SETUPMAPPING => self.setup_mapping(request, reply),
-            opcode::REMOVEMAPPING => self.remove_mapping(request, reply),
+            opcode::SETUPMAPPING => timed(&self.counts.setup_latency, || self.setup_mapping(request, reply)),
+            opcode::REMOVEMAPPING => {
+                timed(&self.counts.remove_latency, || self.remove_mapping(request, reply))
+            }
 
             opcode::IOCTL => self.ioctl(request, reply),
             opcode::INTERRUPT | opcode::NOTIFY_REPLY => Ok(0),
@@ -219,6 +223,9 @@ impl Server {
         if let Some(Err(error)) = self.window.as_ref().map(|window| window.clear()) {
             tracing::error!(%error, "cannot clear the DAX window");
         }
+        if let Some(accounts) = &self.counts.accounts {
+            accounts.cleared();
+        }
         self.directories.clear();
         self.fs.destroy();
     }
@@ -231,6 +238,14 @@ impl Server {
         }
         context
     }
+}
+
+/// Does something and counts how long that took.
+fn timed<T>(latency: &Histogram, work: impl FnOnce() -> T) -> T {
+    let start = Instant::now();
+    let result = work();
+    latency.add(start.elapsed());
+    result
 }
 
 /// Operations that change something whatever their arguments are. Those that only may (OPEN, SETUPMAPPING) look for

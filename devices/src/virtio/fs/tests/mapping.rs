@@ -381,3 +381,42 @@ fn what_the_guest_truncates_is_not_lost() {
     let window = guest.counters().window.unwrap();
     assert_eq!((window.lost_files, window.lost_pages), (0, 0));
 }
+
+#[test]
+fn each_file_has_an_account_of_its_chunks() {
+    let (mut guest, file) = guest_with_file(Policy::Always, 3);
+    guest.host_file("g", 1);
+    let other = guest.lookup(ROOT, "g").unwrap().nodeid;
+    for chunk in 0..3 {
+        guest.setupmapping(file, chunk * CHUNK_SIZE, chunk * CHUNK_SIZE, READ).unwrap();
+    }
+    guest.removemapping(1, &[(CHUNK_SIZE, CHUNK_SIZE)]).unwrap();
+    guest.setupmapping(other, 0, CHUNK_SIZE, READ).unwrap();
+    guest.setupmapping(other, 0, 1, READ).unwrap_err();
+    guest.removemapping(1, &[(1, CHUNK_SIZE)]).unwrap_err();
+
+    let handle = guest.device.counters();
+    assert_eq!(handle.chunk_owners()[..4], [1, 2, 1, 0]);
+    let counters = guest.counters();
+    let table = counters.files.unwrap();
+    let brief: Vec<_> = table.files.iter().map(|file| (file.path.as_deref(), file.mapped_chunks)).collect();
+    assert_eq!(brief, [(Some("f"), 2), (Some("g"), 1)]);
+    assert_eq!((table.files[0].removed_chunks, table.churned_chunks), (1, 1));
+    let requests = |name: &str| counters.requests[name];
+    assert_eq!(counters.setup_latency.count, requests("SETUPMAPPING"), "those that failed too");
+    assert_eq!(counters.remove_latency.count, requests("REMOVEMAPPING"));
+    assert!(counters.setup_latency.sum_ns > 0);
+
+    guest.destroy().unwrap();
+    assert!(handle.chunk_owners().iter().all(|owner| *owner == 0));
+    assert_eq!(handle.files(1).files[0].setup_mappings, 3);
+}
+
+#[test]
+fn mappings_that_the_policy_forbids_are_counted() {
+    let (mut guest, file) = guest_with_file(Policy::Never, 1);
+    assert_eq!(guest.setupmapping(file, 0, 0, READ).unwrap_err(), libc::EPERM);
+    let counters = guest.counters();
+    assert_eq!((counters.denied_mappings, counters.setup_latency.count), (1, 1));
+    assert_eq!(counters.files.unwrap().files, []);
+}

@@ -2,13 +2,14 @@
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::CHUNK_SIZE;
 use super::table::MapChange;
 
 /// What a DAX window holds and has done; all counts start at 0 when the window is made, and no total is ever reset.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct WindowCounters {
     /// The window's size in bytes.
     pub size: u64,
