@@ -12,6 +12,8 @@ mod dax;
 mod harness;
 #[path = "guest/hints.rs"]
 mod hints;
+#[path = "guest/host_changes.rs"]
+mod host_changes;
 #[path = "guest/io.rs"]
 mod io;
 #[path = "guest/ledger.rs"]
@@ -26,6 +28,8 @@ mod negotiation;
 mod per_file;
 #[path = "guest/per_file_life.rs"]
 mod per_file_life;
+#[path = "guest/per_file_room.rs"]
+mod per_file_room;
 #[path = "guest/per_file_table.rs"]
 mod per_file_table;
 #[path = "guest/pressure.rs"]
@@ -102,6 +106,7 @@ fn trials(places: &Result<Places, String>) -> Vec<Trial> {
     }
     for kernel in KERNELS {
         machine::trials(places, kernel, &mut trials);
+        host_changes::trials(places, kernel, &mut trials);
     }
     for kernel in RUNNER_KERNELS {
         runner::trials(places, kernel, &mut trials);

@@ -10,7 +10,6 @@ use devices::pci::{ConfigPorts, Ecam};
 use devices::virtio::block::{BlockConfig, BlockDevice, DiskCountersHandle, DiskError};
 use devices::virtio::console::{ConsoleDevice, ConsoleError, Port, PortsHandle};
 use devices::virtio::device::{DeviceMemory, VirtioDevice};
-use devices::virtio::fs::policy::RuleFileError;
 use devices::virtio::fs::{FileSystemConfig, FileSystemDevice, FileSystemError};
 use devices::virtio::pci::VirtioPciError;
 use devices::virtio::rng::RngDevice;
@@ -22,7 +21,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::arch::x86_64::entry::{self, EntryError, EntryPoint};
 use crate::arch::x86_64::{acpi, cpuid};
 use crate::boot::{self, Boot, BootError, Initramfs};
-use crate::config::{DiskConfig, ShareConfig, ValidConfig};
+use crate::config::{DiskConfig, ShareConfig, ShareWindow, ValidConfig, WindowsError};
 use crate::console::{ConsoleLog, ConsoleOutput};
 use crate::device_manager::DeviceManager;
 use crate::exit::Buses;
@@ -30,6 +29,7 @@ use crate::interrupts::Line;
 use crate::layout::{self, irq, ports};
 use crate::memory::{GuestRam, MemoryError, Slot, Slots};
 use crate::report::ShareCounters;
+use crate::vcpu::Memory;
 use crate::vm::{Ending, Parts, Vm, Wiring};
 
 /// Why a VM could not be built. The message names what to do where the user can do something.
@@ -65,15 +65,9 @@ pub enum BuildError {
         #[source]
         source: FileSystemError,
     },
-    /// A share's DAX policy.
-    #[error("Share `{tag}`")]
-    Policy {
-        /// Its tag.
-        tag: String,
-        /// What is wrong with the rule file.
-        #[source]
-        source: RuleFileError,
-    },
+    /// The DAX windows of the shares, or their policies.
+    #[error(transparent)]
+    Windows(#[from] WindowsError),
     /// A disk.
     #[error(transparent)]
     Disk(#[from] DiskError),
@@ -139,7 +133,8 @@ pub(crate) fn build(config: ValidConfig, wiring: Wiring) -> Result<Vm, BuildErro
     let shares = config
         .shares
         .iter()
-        .map(|share| add_share(&mut manager, share, &config))
+        .zip(config.windows()?)
+        .map(|(share, window)| add_share(&mut manager, share, window, &config))
         .collect::<Result<_, _>>()?;
 
     let rsdp = acpi::write_tables(&memory, config.cpus, &mmio_64).map_err(BuildError::Acpi)?;
@@ -147,7 +142,7 @@ pub(crate) fn build(config: ValidConfig, wiring: Wiring) -> Result<Vm, BuildErro
     let vcpus = create_vcpus(&vm, &cpuid, config.cpus, &memory, entry)?;
     let parts = Parts {
         buses,
-        memory: devices_memory,
+        memory: Memory { all: devices_memory, windows: manager.windows() },
         serial: console.serial,
         room_in_serial: console.room,
         panicked: console.panicked,
@@ -230,15 +225,15 @@ const MAX_REQUEST_QUEUES: u8 = 8;
 fn add_share(
     manager: &mut DeviceManager,
     share: &ShareConfig,
+    window: ShareWindow,
     config: &ValidConfig,
 ) -> Result<ShareCounters, BuildError> {
-    let policy = share.dax.load().map_err(|source| BuildError::Policy { tag: share.tag.clone(), source })?;
     let device = FileSystemDevice::new(FileSystemConfig {
         tag: share.tag.clone(),
         path: share.path.clone(),
         read_only: share.read_only,
-        window_size: share.window_size(&policy, config.memory),
-        policy,
+        window_size: window.size,
+        policy: window.policy,
         cache: share.cache,
         request_queues: config.cpus.min(MAX_REQUEST_QUEUES).into(),
     })

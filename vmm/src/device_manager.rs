@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use devices::bus::{Bus, BusDevice};
 use devices::pci::{Bar, BarKind, BarMapper, PciBus};
-use devices::virtio::device::{DeviceMemory, HostMemory, VirtioDevice};
+use devices::virtio::device::{DeviceMemory, HostMemory, Repair, VirtioDevice};
 use devices::virtio::pci::{VirtioPciDevice, VirtioPciError};
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use vm_memory::{GuestAddress, GuestAddressSpace};
@@ -22,6 +22,7 @@ pub struct DeviceManager {
     memory: DeviceMemory,
     routes: Arc<Routes>,
     apertures: Apertures,
+    windows: Arc<Windows>,
     next_device: u8,
 }
 
@@ -34,15 +35,17 @@ impl DeviceManager {
         memory: DeviceMemory,
         mmio_64: Range<u64>,
     ) -> DeviceManager {
+        let windows = Arc::<Windows>::default();
         let mapper = KvmBarMapper {
             vm: Arc::clone(&vm),
             slots,
             mmio: Arc::downgrade(mmio),
             memory: memory.clone(),
             mmio_64: mmio_64.clone(),
-            windows: Mutex::new(BTreeMap::new()),
+            windows: Arc::clone(&windows),
         };
         DeviceManager {
+            windows,
             bus: Arc::new(PciBus::new(Arc::new(mapper))),
             memory,
             routes: Routes::new(vm),
@@ -54,6 +57,11 @@ impl DeviceManager {
     /// The PCI bus.
     pub fn bus(&self) -> Arc<PciBus> {
         Arc::clone(&self.bus)
+    }
+
+    /// The windows that the guest sees.
+    pub fn windows(&self) -> Arc<Windows> {
+        Arc::clone(&self.windows)
     }
 
     /// Puts a virtio device on the bus.
@@ -78,10 +86,37 @@ impl DeviceManager {
     }
 }
 
+/// The windows that the guest sees now, by guest-physical address.
+#[derive(Default)]
+pub struct Windows(Mutex<BTreeMap<u64, MappedWindow>>);
+
+impl Windows {
+    /// Whether the host could take anything away from the guest.
+    pub fn are_used(&self) -> bool {
+        self.lock().values().any(|window| window.memory.is_used())
+    }
+
+    /// Makes the page at a guest-physical address accessible, if the host cannot provide it any more. `None` if it is in
+    /// no window.
+    pub fn repair(&self, address: u64, write: bool) -> Option<Repair> {
+        let (start, memory) = {
+            let windows = self.lock();
+            let (start, window) = windows.range(..=address).next_back()?;
+            (*start, Arc::clone(&window.memory))
+        };
+        // Without the lock: it may have to wait for a disk.
+        (address - start < memory.size()).then(|| memory.repair(address - start, write))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, MappedWindow>> {
+        self.0.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
 /// A window that the guest sees now. The slot goes before the memory it shows.
 struct MappedWindow {
     _slot: Slot,
-    _memory: Arc<dyn HostMemory>,
+    memory: Arc<dyn HostMemory>,
 }
 
 /// Puts what is behind BARs where the guest wants it.
@@ -92,7 +127,7 @@ struct KvmBarMapper {
     mmio: Weak<Bus>,
     memory: DeviceMemory,
     mmio_64: Range<u64>,
-    windows: Mutex<BTreeMap<u64, MappedWindow>>,
+    windows: Arc<Windows>,
 }
 
 impl KvmBarMapper {
@@ -111,18 +146,18 @@ impl KvmBarMapper {
         let (host, size) = (window.host_address(), window.size());
         let region = describe_region(host, size, address).map_err(io::Error::other)?;
         // The lock spans the whole change, so that two BARs that move at once do not lose one another.
-        let mut windows = self.windows.lock().unwrap_or_else(|e| e.into_inner());
+        let mut windows = self.windows.lock();
         // Inserting the region first refuses an overlap with another window or RAM.
         let memory = self.memory.memory().insert_region(Arc::new(region)).map_err(io::Error::other)?;
         // SAFETY: `HostMemory` stays where it is as long as the object lives, and `windows` keeps it beside the slot.
         let slot = unsafe { self.slots.map(host, size, address) }.map_err(io::Error::other)?;
         self.replace_memory(memory);
-        windows.insert(address, MappedWindow { _slot: slot, _memory: Arc::clone(window) });
+        windows.insert(address, MappedWindow { _slot: slot, memory: Arc::clone(window) });
         Ok(())
     }
 
     fn unmap_window(&self, window: &Arc<dyn HostMemory>, address: u64) {
-        let mut windows = self.windows.lock().unwrap_or_else(|e| e.into_inner());
+        let mut windows = self.windows.lock();
         match self.memory.memory().remove_region(GuestAddress(address), window.size()) {
             Ok((memory, _)) => self.replace_memory(memory),
             Err(error) => tracing::error!(%error, "A window was not part of the devices' memory"),

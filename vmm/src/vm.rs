@@ -1,14 +1,14 @@
 //! A virtual machine: owns everything that it is made of, runs it, ends it.
 
 use std::io;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use devices::legacy::{PowerEvent, SerialPort};
 use devices::virtio::block::DiskCountersHandle;
 pub use devices::virtio::console::{Port, PortsHandle};
-use devices::virtio::device::DeviceMemory;
 use kvm_ioctls::VcpuFd;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -19,8 +19,9 @@ use crate::event_loop::{self, Wakeups};
 use crate::exit::{Buses, Fatal};
 use crate::memory::{GuestRam, Slot};
 use crate::outcome::{ExitReason, Stop};
+use crate::patrol::patrol;
 use crate::report::{Report, ShareCounters, Timing};
-use crate::vcpu::Vcpu;
+use crate::vcpu::{Memory, Vcpu};
 
 /// A machine that is ready to run.
 ///
@@ -37,7 +38,7 @@ pub(crate) struct Parts {
     /// Leads to all devices, and so owns them.
     pub buses: Buses,
     /// RAM and the windows that the guest has enabled.
-    pub memory: DeviceMemory,
+    pub memory: Memory,
     pub serial: Arc<SerialPort>,
     pub room_in_serial: EventFd,
     pub panicked: EventFd,
@@ -161,13 +162,10 @@ impl Vm {
         let vmm = self.parts.started.elapsed();
         for (id, fd) in (0..).zip(self.idle_vcpus.drain(..)) {
             let ending = self.ending.clone();
-            let vcpu =
-                Vcpu::start(id, fd, self.parts.buses.clone(), self.parts.memory.clone(), move |fatal| {
-                    ending.fatal(fatal)
-                })?;
-            self.vcpus.push(vcpu);
+            let (buses, memory) = (self.parts.buses.clone(), self.parts.memory.clone());
+            self.vcpus.push(Vcpu::start(id, fd, buses, memory, move |fatal| ending.fatal(fatal))?);
         }
-        event_loop::run(Wakeups {
+        let wakeups = Wakeups {
             ending: &self.ending,
             serial: Arc::clone(&self.parts.serial),
             room_in_serial: self.parts.room_in_serial.try_clone()?,
@@ -178,6 +176,15 @@ impl Vm {
                 .config
                 .timeout
                 .map(|limit| limit.saturating_sub(self.parts.started.elapsed())),
+        };
+        let (vcpus, windows, stop) = (&self.vcpus, &self.parts.memory.windows, AtomicBool::new(false));
+        thread::scope(|scope| {
+            let builder = thread::Builder::new().name("vcpu-patrol".into());
+            let thread = builder.spawn_scoped(scope, || patrol(vcpus, windows, &stop))?;
+            let outcome = event_loop::run(wakeups);
+            stop.store(true, Ordering::Release);
+            thread.thread().unpark();
+            outcome
         })?;
         self.vcpus.clear();
         let reason = self.ending.reason().unwrap_or(ExitReason::Stopped(Stop::Request));

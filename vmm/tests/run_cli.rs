@@ -14,10 +14,18 @@ fn daxvm(directory: &Path, arguments: &[&str]) -> (String, String, i32) {
     (String::from_utf8(stdout).unwrap(), String::from_utf8(stderr).unwrap(), status.code().unwrap())
 }
 
+/// What is looked at of a kernel before it is booted: the magic number of a bzImage.
+fn kernel() -> Vec<u8> {
+    let mut image = vec![0; 0x400];
+    image[0x202..0x206].copy_from_slice(b"HdrS");
+    image
+}
+
 /// A directory with a kernel, an initramfs, a disk and a directory to share.
 fn scene() -> TempDir {
     let scene = TempDir::new().unwrap();
-    for file in ["bzImage", "initrd.img", "disk.img"] {
+    fs::write(scene.path().join("bzImage"), kernel()).unwrap();
+    for file in ["initrd.img", "disk.img"] {
         fs::write(scene.path().join(file), "").unwrap();
     }
     fs::create_dir(scene.path().join("data")).unwrap();
@@ -143,7 +151,7 @@ read-only = true
 #[test]
 fn the_command_line_wins_over_the_file() {
     let scene = scene();
-    let text = "version = 1\ncpus = 3\nmemory = \"128M\"\ntimeout = 60\ncommand = [\"make\"]\nroot = { path = \"data\", mode = \"rw\" }\n";
+    let text = "version = 1\nkernel = \"bzImage\"\ncpus = 3\nmemory = \"128M\"\ntimeout = 60\ncommand = [\"make\"]\nroot = { path = \"data\", mode = \"rw\" }\n";
     fs::write(scene.path().join("run.toml"), text).unwrap();
     let dry_run = |more: &[&str]| -> toml::Table {
         let (out, err, status) =
@@ -202,7 +210,8 @@ fn examples() -> (TempDir, Vec<PathBuf>) {
     let config = scene.path().join("config");
     let mut examples: Vec<_> = fs::read_dir(&config).unwrap().map(|file| file.unwrap().path()).collect();
     examples.sort();
-    for file in ["vmlinuz", "initrd.img", "state.img"] {
+    fs::write(config.join("vmlinuz"), kernel()).unwrap();
+    for file in ["initrd.img", "state.img"] {
         fs::write(config.join(file), "").unwrap();
     }
     for directory in ["build", "packages", "system", "config"] {
@@ -218,8 +227,8 @@ fn the_examples_are_right() {
     assert_eq!(names, ["appliance", "ci", "test-guest"]);
     for (path, command) in examples.iter().zip([&[][..], &[], &["--", "./run-tests"]]) {
         let file = path.to_str().unwrap();
-        let (out, err, status) =
-            daxvm(scene.path(), &[&["run", "--dry-run", "--config", file], command].concat());
+        let arguments = ["run", "--dry-run", "--config", file, "--kernel", "config/vmlinuz"];
+        let (out, err, status) = daxvm(scene.path(), &[&arguments[..], command].concat());
         assert_eq!((&*err, status), ("", 0), "{file}");
         assert!(out.starts_with("version = 1\n"), "{file}: {out}");
         let (out, err, status) = daxvm(scene.path(), &["config", "check", file]);

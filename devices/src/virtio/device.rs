@@ -109,4 +109,26 @@ pub trait HostMemory: Send + Sync {
     fn host_address(&self) -> *mut u8;
     /// Length in bytes, a multiple of 2 MiB.
     fn size(&self) -> u64;
+
+    /// Whether there is anything in it that the host could take away.
+    fn is_used(&self) -> bool {
+        false
+    }
+
+    /// Makes the page at `offset` accessible again, to be read or to be written, if the host cannot provide it any more.
+    /// A vCPU that could not access it, or seems to wait for it in vain, tries again after that.
+    fn repair(&self, _offset: u64, _write: bool) -> Repair {
+        Repair::Unneeded
+    }
+}
+
+/// What [`HostMemory::repair`] came to.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Repair {
+    /// Nothing is wrong with the page, or not any more.
+    Unneeded,
+    /// The page is another one now.
+    Done,
+    /// The page cannot be accessed; why not.
+    Impossible(String),
 }

@@ -4,6 +4,7 @@
 //! is the kernel's. One request is served at a time. [`data`] generates all file contents, on both sides.
 
 mod agent;
+mod changing;
 pub mod data;
 mod init;
 mod name;
@@ -13,6 +14,7 @@ mod proto;
 mod wire;
 
 pub use agent::Agent;
+pub use changing::{Changing, Met};
 pub use init::init;
 pub use name::{Bytes, GuestPath};
 pub use per_file::*;

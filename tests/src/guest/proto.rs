@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::data::{Content, word};
-use super::{Bytes, GuestPath, MakeKnown, OpenLoop};
+use super::{Bytes, Changing, GuestPath, MakeKnown, OpenLoop};
 use crate::inode_flags::Extended;
 
 /// A reply: the op's own type in JSON, or why there is none.
@@ -110,6 +110,8 @@ pub enum Op {
     ReadBytes(GuestPath, u64, usize),
     /// Writes a file; it must exist.
     Write(Write),
+    /// Reads and writes a file that the host changes meanwhile. -> [`super::Met`]
+    Changing(Changing),
 
     /// Opens a file and keeps it open. -> `u32`, a handle
     Open(GuestPath, OpenHow),

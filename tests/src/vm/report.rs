@@ -64,6 +64,18 @@ pub struct WindowCounts {
     pub upgraded_chunks: u64,
     /// Chunks that were unmapped because a session ended.
     pub cleared_chunks: u64,
+    /// Files that became shorter while they were mapped.
+    #[serde(default)]
+    pub lost_files: u64,
+    /// Pages that went so.
+    #[serde(default)]
+    pub lost_pages: u64,
+    /// Those that came back.
+    #[serde(default)]
+    pub restored_pages: u64,
+    /// Pages that the host could not provide.
+    #[serde(default)]
+    pub failed_pages: u64,
 }
 
 impl Report {

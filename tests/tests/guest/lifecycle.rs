@@ -224,6 +224,7 @@ fn counts_and_power_off(mut vm: Vm, places: &Places, _: &Ledger) -> Outcome {
             // What may be written is mapped writable at once: a second request for it changes nothing.
             upgraded_chunks: 0,
             cleared_chunks: all,
+            ..WindowCounts::default()
         };
         ensure_eq!(counts, expected, "{place}");
 

@@ -16,7 +16,7 @@ use tests::vm::{Kernel, Share, Vm};
 
 use crate::harness::{Checks, LastCheck, Outcome, Places, ensure, ensure_ended, ensure_eq};
 use crate::ledger::{Expected, Ledger};
-use crate::{hints, negotiation, per_file_life, per_file_table};
+use crate::{hints, negotiation, per_file_life, per_file_room, per_file_table};
 
 /// The attribute that stands for the flag where a file system has none.
 pub const ATTRIBUTE: &str = "user.daxvm.dax";
@@ -44,7 +44,7 @@ dax = "deny"
 "#;
 
 /// The shares of the first boot: directory, policy, window, cache.
-const SHARES: [(&str, &str, &str, &str); 20] = [
+const SHARES: [(&str, &str, &str, &str); 23] = [
     ("-never", "never", "256M", "auto"),
     ("-always", "always", "256M", "auto"),
     ("-inode", "inode", "512M", "auto"),
@@ -65,6 +65,9 @@ const SHARES: [(&str, &str, &str, &str); 20] = [
     ("-bare", "inode", "0", "auto"),
     ("-names", "inode", "32M", "auto"),
     ("-over", "inode", "32M", "auto"),
+    ("-room", "auto", "32M", "auto"),
+    ("-free", "ROOM", "32M", "auto"),
+    ("-set-id", "auto", "64M", "auto"),
 ];
 
 /// The same of the second boot.
@@ -73,7 +76,14 @@ const SHARES_AGAIN: [(&str, &str, &str, &str); 2] =
 
 /// What is checked in the first boot.
 pub fn checks() -> Checks {
-    [per_file_table::checks(), hints::checks(), per_file_life::checks(), negotiation::checks()].concat()
+    [
+        per_file_table::checks(),
+        hints::checks(),
+        per_file_life::checks(),
+        per_file_room::checks(),
+        negotiation::checks(),
+    ]
+    .concat()
 }
 
 /// What is checked in the second boot.
@@ -113,13 +123,16 @@ fn boot(
 ) -> Result<Vm, Box<dyn Error>> {
     let dir = dir.join("per-file");
     fs::create_dir_all(&dir)?;
-    let rules = dir.join("rules.toml");
-    fs::write(&rules, RULES)?;
-    let rules = rules.to_str().ok_or("the scratch directory's name is not text")?;
+    let rules = write_rules(&dir, "rules.toml", RULES)?;
+    let room = write_rules(&dir, "room.toml", per_file_room::RULES)?;
     let mut builder = Vm::builder(&kernel).cpus(cpus).memory("768M");
     let mut add = |suffix: &str, dir: &Path, policy: &str, window, cache, read_only| {
         fs::create_dir_all(dir)?;
-        let policy = if policy == "RULES" { rules } else { policy };
+        let policy = match policy {
+            "RULES" => &rules,
+            "ROOM" => &room,
+            named => named,
+        };
         let share = Share::new(&format!("{place}{suffix}"), dir).dax(policy).window(window).cache(cache);
         let share = if read_only { share.read_only() } else { share };
         builder = builder.clone().share(share);
@@ -130,6 +143,12 @@ fn boot(
     }
     add("-ro", &dir.join("chattr"), "inode", "32M", "auto", true)?;
     Ok(builder.boot()?)
+}
+
+fn write_rules(dir: &Path, name: &str, rules: &str) -> Result<String, Box<dyn Error>> {
+    let path = dir.join(name);
+    fs::write(&path, rules)?;
+    Ok(path.into_os_string().into_string().map_err(|_| "the scratch directory's name is not text")?)
 }
 
 /// Whether the file system keeps the flag itself.

@@ -39,7 +39,7 @@ fn mmap(scene: &mut Scene) -> Outcome {
 fn random(scene: &mut Scene, how: fn(Random) -> Access) -> Outcome {
     // Nearly each of them makes the guest give a chunk back. Readers that find none wait for one by spinning, and so
     // several processors make no progress on the one CPU of an emulated host but by the time slice.
-    let count = if scene.boot.cpus == 1 { 4000 } else { 100 };
+    let count = if scene.boot.cpus == 1 { 4000 } else { 500 };
     let random = Random { seed: 8, count };
     scene.mounted("-small", "dax=always", |scene, mnt| {
         let digests = scene.vm.sha256_at_once(&format!("{mnt}/big"), how(random), AT_ONCE)?;

@@ -77,15 +77,26 @@ impl KernelImage {
         self.format
     }
 
-    /// Loads the image to guest memory of which `low_ram` bytes lie below the hole.
-    pub(super) fn load(mut self, memory: &GuestMemoryMmap, low_ram: u64) -> Result<LoadedKernel, BootError> {
+    /// Loads the image to guest memory of which `low_ram` bytes lie below the hole; `beside` of them are for the
+    /// initramfs.
+    pub(super) fn load(
+        mut self,
+        memory: &GuestMemoryMmap,
+        low_ram: u64,
+        beside: u64,
+    ) -> Result<LoadedKernel, BootError> {
         match self.format {
-            KernelFormat::BzImage => self.load_bzimage(memory, low_ram),
+            KernelFormat::BzImage => self.load_bzimage(memory, low_ram, beside),
             KernelFormat::Elf => self.load_elf(memory, low_ram),
         }
     }
 
-    fn load_bzimage(&mut self, memory: &GuestMemoryMmap, low_ram: u64) -> Result<LoadedKernel, BootError> {
+    fn load_bzimage(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        low_ram: u64,
+        beside: u64,
+    ) -> Result<LoadedKernel, BootError> {
         let start = GuestAddress(boot::HIGH_MEMORY);
         let loaded = BzImage::load(memory, Some(start), &mut self.file, Some(start))
             .map_err(|source| self.load_error(source, low_ram))?;
@@ -96,8 +107,9 @@ impl KernelImage {
         // Where it unpacks itself to, unless it finds a better place (boot.rst, init_size).
         let runtime_start = header.pref_address.max(boot::HIGH_MEMORY);
         let end = runtime_start.saturating_add(header.init_size.into()).max(loaded.kernel_end);
-        if end > low_ram {
-            return self.load_payload(memory, header, end, low_ram);
+        let needed = end.saturating_add(beside);
+        if needed > low_ram {
+            return self.load_payload(memory, header, needed, low_ram);
         }
         Ok(LoadedKernel {
             entry: EntryPoint::Linux64(loaded.kernel_load.0 + ENTRY_64),

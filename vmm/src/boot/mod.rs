@@ -117,7 +117,8 @@ pub enum Initramfs<'a> {
 pub fn load(memory: &GuestMemoryMmap, what: &Boot) -> Result<EntryPoint, BootError> {
     let low_ram = layout::ram_ranges(what.ram)[0].end;
     let image = KernelImage::open(what.kernel)?;
-    let kernel = image.load(memory, low_ram)?;
+    let beside = what.initramfs.map_or(Ok(0), initramfs_size)?;
+    let kernel = image.load(memory, low_ram, beside)?;
     let limit = low_ram.min(kernel.initramfs_limit);
     let initramfs = match what.initramfs {
         Some(initramfs) => load_initramfs(memory, initramfs, kernel.end..limit)?,
@@ -139,6 +140,21 @@ pub fn load(memory: &GuestMemoryMmap, what: &Boot) -> Result<EntryPoint, BootErr
     Ok(kernel.entry)
 }
 
+fn initramfs_failed(path: &Path, source: io::Error) -> BootError {
+    BootError::Read { what: "initramfs", path: path.to_owned(), source }
+}
+
+/// Bytes of memory that an initramfs takes, in whole pages.
+fn initramfs_size(initramfs: Initramfs) -> Result<u64, BootError> {
+    let size = match initramfs {
+        Initramfs::File(path) => {
+            std::fs::metadata(path).map_err(|source| initramfs_failed(path, source))?.len()
+        }
+        Initramfs::Bytes(bytes) => bytes.len() as u64,
+    };
+    Ok(size.next_multiple_of(0x1000))
+}
+
 /// Puts the initramfs at the end of `free`, page-aligned: as far from the kernel as can be, as boot loaders do.
 fn load_initramfs(
     memory: &GuestMemoryMmap,
@@ -147,7 +163,7 @@ fn load_initramfs(
 ) -> Result<Range<u64>, BootError> {
     match initramfs {
         Initramfs::File(path) => {
-            let failed = |source| BootError::Read { what: "initramfs", path: path.to_owned(), source };
+            let failed = |source| initramfs_failed(path, source);
             let mut file = File::open(path).map_err(failed)?;
             let size = file.seek(SeekFrom::End(0)).map_err(failed)?;
             file.rewind().map_err(failed)?;

@@ -4,9 +4,9 @@ use std::error::Error;
 use std::fmt::{self, Display};
 
 use devices::text::Bytes;
-use devices::virtio::fs::policy::{Policy, WindowFacts};
+use devices::virtio::fs::policy::WindowFacts;
 
-use crate::config::{RunConfig, ShareConfig, ValidConfig};
+use crate::config::{RunConfig, ShareWindow, ValidConfig};
 use crate::runner;
 
 /// Prints it. Files are read for it, such as the kernel's modules; nothing is started.
@@ -24,24 +24,18 @@ pub(super) struct Machine<'a> {
     config: &'a ValidConfig,
     /// The modules that its init loads.
     modules: &'a [String],
-    /// The shares, with what was made of their `dax`.
-    shares: Vec<(&'a ShareConfig, Policy)>,
+    /// The windows of its shares.
+    windows: Vec<ShareWindow>,
 }
 
 impl<'a> Machine<'a> {
     /// Reads the rule files of the shares.
     pub(super) fn new(config: &'a ValidConfig, modules: &'a [String]) -> Result<Machine<'a>, Box<dyn Error>> {
-        let with_policy = |share: &'a ShareConfig| Ok((share, share.dax.load()?));
-        let shares = config.shares.iter().map(with_policy).collect::<Result<_, Box<dyn Error>>>()?;
-        Ok(Machine { config, modules, shares })
+        Ok(Machine { config, modules, windows: config.windows()? })
     }
 
     fn windows_cost(&self) -> u64 {
-        let memory = self.config.memory;
-        self.shares
-            .iter()
-            .map(|(share, policy)| WindowFacts::fixed_cost(share.window_size(policy, memory)))
-            .sum()
+        self.windows.iter().map(|window| WindowFacts::fixed_cost(window.size)).sum()
     }
 }
 
@@ -64,14 +58,14 @@ impl Display for Machine<'_> {
             0 => writeln!(f)?,
             _ => writeln!(f, ", of which DAX windows take {}, used or not", Bytes(cost))?,
         }
-        for (share, policy) in &self.shares {
+        for (share, window) in config.shares.iter().zip(&self.windows) {
             let access = if share.read_only { "read-only" } else { "writable" };
             write!(f, "#   share {}: {}, {access}, ", share.tag, share.path.display())?;
-            match share.window_size(policy, config.memory) {
+            match window.size {
                 0 => writeln!(f, "no DAX window")?,
                 size => {
-                    let (window, cost) = (Bytes(size), Bytes(WindowFacts::fixed_cost(size)));
-                    writeln!(f, "DAX {policy}, window of {window} for {cost} of RAM")?;
+                    let (bytes, cost) = (Bytes(size), Bytes(WindowFacts::fixed_cost(size)));
+                    writeln!(f, "DAX {}, window of {bytes} for {cost} of RAM", window.policy)?;
                 }
             }
         }

@@ -9,6 +9,7 @@ mod root;
 mod run;
 mod sections;
 mod share;
+mod test;
 
 use std::process::ExitCode;
 
@@ -30,6 +31,7 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Run(Box<run::RunArgs>),
+    Test(test::TestArgs),
     Policy(policy::PolicyArgs),
     Config(config::ConfigArgs),
     Completions(completions::CompletionsArgs),
@@ -56,6 +58,7 @@ pub fn main() -> ExitCode {
     init_logging();
     let result = match cli.command {
         Command::Run(args) => args.execute(),
+        Command::Test(args) => args.execute(),
         Command::Policy(args) => args.execute(),
         Command::Config(args) => args.execute(),
         Command::Completions(args) => args.execute(),

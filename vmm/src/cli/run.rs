@@ -71,6 +71,12 @@ pub struct RunArgs {
     /// is written twice
     #[arg(long = "share", value_name = "KEY=VALUE,...", value_parser = parse_share, help_heading = "Directories")]
     shares: Vec<ShareConfig>,
+    /// Allow DAX windows that take more than an eighth of the guest's RAM for page descriptors
+    #[arg(
+        long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
+        help_heading = "Directories"
+    )]
+    large_windows: Option<bool>,
     /// Set an environment variable for the command, or pass on the caller's, as is done with PATH, TERM, LANG and, when the
     /// root is the host's, HOME, USER and LOGNAME; may be repeated
     #[arg(long, value_name = "NAME[=VALUE]", value_parser = parse_variable, help_heading = "Command")]
@@ -141,6 +147,7 @@ impl RunArgs {
             shares: self.shares,
             disks: self.disks,
             rng: self.rng,
+            large_windows: self.large_windows,
             env: self.env,
             directory: self.directory,
             timeout: self.timeout,

@@ -143,6 +143,7 @@ cpus = 2
 memory = "1G"
 rw = ["target"]
 rng = false
+large-windows = true
 chdir = "/work"
 timeout = "5m"
 boot-timeout = 20
@@ -195,6 +196,7 @@ read-only = true
             }],
             disks: vec![DiskConfig { path: "/etc/vm/disk.img".into(), read_only: true }],
             rng: Some(false),
+            large_windows: Some(true),
             env: vec![("HOME".into(), None), ("RUST_LOG".into(), Some("debug".into()))],
             directory: Some("/work".into()),
             timeout: Some(Duration::from_secs(300)),

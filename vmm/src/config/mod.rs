@@ -7,6 +7,7 @@ mod file;
 mod host;
 mod run;
 mod values;
+mod windows;
 
 use std::fmt;
 use std::path::PathBuf;
@@ -15,7 +16,6 @@ use std::time::Duration;
 
 use devices::virtio::fs::CacheMode;
 use devices::virtio::fs::policy::{Policy, RuleFileError, UnknownPolicy};
-use devices::virtio::fs::window::default_window_size;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -28,6 +28,7 @@ pub use run::{RootConfig, RunConfig};
 pub use values::{
     parse_cpus, parse_limit, parse_memory, parse_tag, parse_variable, parse_window, split_options,
 };
+pub use windows::{ShareWindow, WindowsError};
 
 use crate::arch::x86_64::MAX_VCPUS;
 
@@ -73,9 +74,30 @@ pub struct VmConfig {
     /// Whether the guest has a virtio-rng device.
     #[serde(default)]
     pub rng: bool,
+    /// Whether DAX windows may take more than an eighth of the guest's RAM for page descriptors.
+    #[serde(default)]
+    pub large_windows: bool,
     /// How long the VM may run.
     #[serde(default)]
     pub timeout: Option<Duration>,
+}
+
+impl Default for VmConfig {
+    /// A machine without a kernel, for which there is no default.
+    fn default() -> VmConfig {
+        VmConfig {
+            kernel: PathBuf::new(),
+            initrd: None,
+            cmdline: String::new(),
+            cpus: default_cpus(),
+            memory: default_memory(),
+            shares: Vec::new(),
+            disks: Vec::new(),
+            rng: false,
+            large_windows: false,
+            timeout: None,
+        }
+    }
 }
 
 /// A virtio-blk device.
@@ -113,15 +135,6 @@ pub struct ShareConfig {
     #[serde(default)]
     #[schemars(schema_with = "values::cache_schema")]
     pub cache: CacheMode,
-}
-
-impl ShareConfig {
-    /// Bytes of the window in a guest with `memory` bytes of RAM, where `policy` is what [`DaxConfig::load`] made of
-    /// `dax`. A window that no file could use would only cost the guest memory.
-    pub fn window_size(&self, policy: &Policy, memory: u64) -> u64 {
-        let default = if policy.may_grant() { default_window_size(memory) } else { 0 };
-        self.window.unwrap_or(default)
-    }
 }
 
 /// Which files of a share are DAX: the name of a policy (never, always, inode, size, size:BYTES, auto), or a rule file.
@@ -280,17 +293,7 @@ mod tests {
     use super::*;
 
     fn config() -> VmConfig {
-        VmConfig {
-            kernel: "k".into(),
-            initrd: None,
-            cmdline: String::new(),
-            cpus: 1,
-            memory: 512 << 20,
-            shares: Vec::new(),
-            disks: Vec::new(),
-            rng: false,
-            timeout: None,
-        }
+        VmConfig { kernel: "k".into(), ..VmConfig::default() }
     }
 
     fn share(tag: &str) -> ShareConfig {

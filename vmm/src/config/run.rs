@@ -39,6 +39,9 @@ pub struct RunConfig {
     pub rw: Vec<PathBuf>,
     /// Whether the guest has a virtio-rng device; it has by default.
     pub rng: Option<bool>,
+    /// Whether DAX windows may take more than an eighth of the guest's RAM for page descriptors.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub large_windows: Option<bool>,
     /// The command's working directory; the caller's by default.
     #[serde(rename = "chdir")]
     pub directory: Option<PathBuf>,
@@ -125,6 +128,7 @@ impl RunConfig {
             shares: self.shares.into_iter().chain(over.shares).collect(),
             disks: self.disks.into_iter().chain(over.disks).collect(),
             rng: over.rng.or(self.rng),
+            large_windows: over.large_windows.or(self.large_windows),
             env,
             directory: over.directory.or(self.directory),
             timeout: over.timeout.or(self.timeout),

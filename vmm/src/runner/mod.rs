@@ -2,7 +2,7 @@
 //!
 //! [`plan()`] resolves it all: the kernel and its modules, the machine, the guest's task. [`run`] carries it out. With a
 //! command, an initramfs with daxvm itself as init is made in memory; the command's streams are ports of a
-//! virtio-console device, and so is the control channel, on which the guest tells how far it is (`session.rs`). Until it
+//! virtio-console device, and so is the control channel, on which the guest tells how far it is (`session`). Until it
 //! does for the first time, a watchdog looks whether it lives. Nothing of this is ever in the host's file systems.
 
 mod explain;

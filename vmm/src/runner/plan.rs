@@ -147,6 +147,7 @@ pub fn plan(config: &RunConfig) -> Result<Plan, PlanError> {
         shares: config.shares.clone(),
         disks: config.disks.clone(),
         rng: config.rng.unwrap_or(true),
+        large_windows: config.large_windows.unwrap_or(false),
         timeout: config.timeout,
     };
     let has_command = !config.command.is_empty();

@@ -28,6 +28,9 @@ pub struct FileSystemCounters {
     /// Times that the host was asked for a file's persistent hint, for the policy or for what a new file inherits. None
     /// without a client with per-file DAX.
     pub hint_queries: u64,
+    /// Paths on the host of files that the guest had mapped and whose pages the host took away or could not provide: the
+    /// first few of them.
+    pub lost_paths: Vec<String>,
 }
 
 /// The living counters, written by all queues.
@@ -78,7 +81,7 @@ pub struct CountersHandle {
 }
 
 impl CountersHandle {
-    /// The counters as they are now; takes no lock.
+    /// The counters as they are now.
     pub fn snapshot(&self) -> FileSystemCounters {
         let mut requests = BTreeMap::new();
         let named = self.counts.requests.iter().zip(opcode::NAMES);
@@ -96,6 +99,7 @@ impl CountersHandle {
             dax_denied: self.counts.denied.load(Relaxed),
             reincarnations: self.counts.changed.load(Relaxed),
             hint_queries: self.counts.hint_queries.load(Relaxed),
+            lost_paths: self.window.as_ref().map(|window| window.lost_paths()).unwrap_or_default(),
         }
     }
 }

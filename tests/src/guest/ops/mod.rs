@@ -1,5 +1,6 @@
 //! The operations, by what they touch.
 
+pub(super) mod changing;
 pub(super) mod files;
 pub(super) mod maps;
 pub(super) mod per_file;

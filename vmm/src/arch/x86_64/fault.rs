@@ -1,10 +1,12 @@
 //! Which guest addresses an instruction accesses. KVM_RUN that ends in EFAULT does not say at which of them it could
 //! not go on (api.rst, KVM_CAP_MEMORY_FAULT_INFO, promises it; x86 does not do it for memory that the host lost).
 
-use iced_x86::{Decoder, DecoderOptions, Instruction, OpKind, Register};
+use iced_x86::{Decoder, DecoderOptions, Instruction, InstructionInfoFactory, OpAccess, OpKind, Register};
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use super::paging;
 
 /// The longest instruction, in bytes.
 const MAX_INSTRUCTION: usize = 15;
@@ -14,30 +16,48 @@ const MAX_INSTRUCTION: usize = 15;
 pub struct StoppedAt {
     /// Its linear address.
     pub instruction: u64,
-    /// The guest-physical addresses of its code, of its operands in memory, and of the top of its stack, in this order;
+    /// Its code, its operands in memory (the first and the last byte of each), and the top of its stack, in this order;
     /// those that the page tables do not lead to are left out.
-    pub accesses: Vec<u64>,
+    pub accesses: Vec<Access>,
 }
 
-/// Looks at the instruction that a vCPU is about to execute.
+/// What an instruction accesses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Access {
+    /// The guest-physical address.
+    pub address: u64,
+    /// Whether it is written to.
+    pub write: bool,
+}
+
+/// Looks at the instruction that a vCPU is about to execute. `on_access` is called with each access as it is found: with
+/// that to the code before the code is read.
 ///
 /// # Errors
 /// KVM does not give its registers.
-pub fn stopped_at(vcpu: &VcpuFd, memory: &GuestMemoryMmap) -> Result<StoppedAt, kvm_ioctls::Error> {
+pub fn stopped_at(
+    vcpu: &VcpuFd,
+    memory: &GuestMemoryMmap,
+    mut on_access: impl FnMut(Access),
+) -> Result<StoppedAt, kvm_ioctls::Error> {
     let (regs, sregs) = (vcpu.get_regs()?, vcpu.get_sregs()?);
-    let physical = |linear: u64| {
-        let translated = vcpu.translate_gva(linear).ok()?;
-        (translated.valid != 0).then_some(translated.physical_address)
+    let physical = |linear: u64| paging::physical(linear, &sregs, memory);
+    let mut accesses = vec![];
+    let mut note = |linear: u64, write: bool| {
+        let access = physical(linear).map(|address| Access { address, write });
+        if let Some(access) = access.filter(|access| !accesses.contains(access)) {
+            accesses.push(access);
+            on_access(access);
+        }
     };
     let instruction = sregs.cs.base.wrapping_add(regs.rip);
+    note(instruction, false);
     let code = read_code(instruction, memory, physical);
-    let mut accesses = vec![];
-    for linear in std::iter::once(instruction)
-        .chain(operands(&code, &regs, &sregs))
-        .chain([sregs.ss.base.wrapping_add(regs.rsp)])
-    {
-        accesses.extend(physical(linear).filter(|address| !accesses.contains(address)));
+    for Operand { start, last, write } in operands(&code, &regs, &sregs) {
+        note(start, write);
+        note(last, write);
     }
+    note(sregs.ss.base.wrapping_add(regs.rsp), true);
     Ok(StoppedAt { instruction, accesses })
 }
 
@@ -50,14 +70,29 @@ fn read_code(linear: u64, memory: &GuestMemoryMmap, physical: impl Fn(u64) -> Op
     (0..MAX_INSTRUCTION as u64).map_while(byte).collect()
 }
 
-/// The linear addresses of an instruction's operands in memory.
-fn operands(code: &[u8], regs: &kvm_regs, sregs: &kvm_sregs) -> Vec<u64> {
+/// An operand in memory, by linear addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Operand {
+    start: u64,
+    last: u64,
+    write: bool,
+}
+
+/// An instruction's operands in memory.
+fn operands(code: &[u8], regs: &kvm_regs, sregs: &kvm_sregs) -> Vec<Operand> {
     let bitness = match (sregs.cs.l, sregs.cs.db) {
         (1, _) => 64,
         (_, 1) => 32,
         _ => 16,
     };
     let instruction: Instruction = Decoder::with_ip(bitness, code, regs.rip, DecoderOptions::NONE).decode();
+    let mut factory = InstructionInfoFactory::new();
+    let info = factory.info(&instruction);
+    let writes = |operand| {
+        use OpAccess::*;
+        matches!(info.op_access(operand), Write | CondWrite | ReadWrite | ReadCondWrite)
+    };
+    let size = instruction.memory_size().size() as u64;
     let in_memory = |kind: OpKind| {
         use OpKind::*;
         matches!(
@@ -77,7 +112,9 @@ fn operands(code: &[u8], regs: &kvm_regs, sregs: &kvm_sregs) -> Vec<u64> {
     (0..instruction.op_count())
         .filter(|operand| in_memory(instruction.op_kind(*operand)))
         .filter_map(|operand| {
-            instruction.virtual_address(operand, 0, |register, _, _| register_value(register, regs, sregs))
+            let value = |register, _, _| register_value(register, regs, sregs);
+            let start = instruction.virtual_address(operand, 0, value)?;
+            Some(Operand { start, last: start.wrapping_add(size.max(1) - 1), write: writes(operand) })
         })
         .collect()
 }
@@ -121,23 +158,28 @@ fn register_value(register: Register, regs: &kvm_regs, sregs: &kvm_sregs) -> Opt
 mod tests {
     use super::*;
 
-    fn operands_of(code: &[u8]) -> Vec<u64> {
+    fn operands_of(code: &[u8]) -> Vec<(u64, u64, bool)> {
         let regs =
             kvm_regs { rax: 0x1000, rcx: 4, rsi: 0x2000, rdi: 0x3000, rip: 0x10, ..Default::default() };
         let mut sregs = kvm_sregs::default();
         sregs.cs.l = 1;
         sregs.gs.base = 0x5_0000;
         operands(code, &regs, &sregs)
+            .iter()
+            .map(|operand| (operand.start, operand.last, operand.write))
+            .collect()
     }
 
     #[test]
     fn operands_in_memory_are_found() {
-        // mov [rax+rcx*8+0x20], rdi; rep movsq; mov eax, gs:[rcx]; mov rax, [rip+0x100]; mov rax, rcx; nothing.
-        assert_eq!(operands_of(&[0x48, 0x89, 0x7c, 0xc8, 0x20]), [0x1040]);
-        assert_eq!(operands_of(&[0xf3, 0x48, 0xa5]), [0x3000, 0x2000]);
-        assert_eq!(operands_of(&[0x65, 0x8b, 0x01]), [0x5_0004]);
-        assert_eq!(operands_of(&[0x48, 0x8b, 0x05, 0, 1, 0, 0]), [0x117]);
-        assert_eq!(operands_of(&[0x48, 0x89, 0xc8]), [0; 0]);
-        assert_eq!(operands_of(&[]), [0; 0]);
+        // mov [rax+rcx*8+0x20], rdi; rep movsq; mov eax, gs:[rcx]; mov rax, [rip+0x100]; add [rax], cl; mov rax, rcx; none.
+        assert_eq!(operands_of(&[0x48, 0x89, 0x7c, 0xc8, 0x20]), [(0x1040, 0x1047, true)]);
+        let copy = [(0x3000, 0x3007, true), (0x2000, 0x2007, false)];
+        assert_eq!(operands_of(&[0xf3, 0x48, 0xa5]), copy);
+        assert_eq!(operands_of(&[0x65, 0x8b, 0x01]), [(0x5_0004, 0x5_0007, false)]);
+        assert_eq!(operands_of(&[0x48, 0x8b, 0x05, 0, 1, 0, 0]), [(0x117, 0x11e, false)]);
+        assert_eq!(operands_of(&[0x00, 0x08]), [(0x1000, 0x1000, true)]);
+        assert_eq!(operands_of(&[0x48, 0x89, 0xc8]), []);
+        assert_eq!(operands_of(&[]), []);
     }
 }

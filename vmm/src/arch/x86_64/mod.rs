@@ -5,6 +5,7 @@ pub mod boot_params;
 pub mod cpuid;
 pub mod entry;
 pub mod fault;
+mod paging;
 
 /// What an APIC ID can name, and so how many vCPUs there may be.
 pub const MAX_VCPUS: u8 = 32;

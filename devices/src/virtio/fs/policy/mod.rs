@@ -145,6 +145,12 @@ pub(super) fn is_set_id(mode: u32) -> bool {
     mode & libc::S_IFMT == libc::S_IFREG && (mode & libc::S_ISUID != 0 || mode & set_gid == set_gid)
 }
 
+/// The mode of a set-id file after a write; set-group-ID without the group's execute bit means something else.
+pub(super) fn without_set_id(mode: u32) -> u32 {
+    let set_gid = if mode & libc::S_IXGRP != 0 { libc::S_ISGID } else { 0 };
+    mode & !(libc::S_ISUID | set_gid)
+}
+
 impl fmt::Display for Policy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

@@ -44,6 +44,7 @@ impl Server {
     /// The entry for a reply that makes the client know a file. The reply must be sent.
     pub(super) fn entry_out(&self, context: &Context, entry: Entry) -> EntryOut {
         let dax = self.give_out(context, &entry);
+        self.tell_size(&entry.attr);
         self.dax.entry_out(entry, dax)
     }
 
@@ -178,7 +179,9 @@ impl Server {
         };
         let xattrs: Vec<_> = needs.xattrs.iter().map(|name| value(name)).collect();
         facts.xattrs = &xattrs;
-        let decision = self.dax.policy.decide(&facts, current);
+        let mut decision = self.dax.policy.decide(&facts, current);
+        // A file that could not be mapped would give the client errors, where READ and WRITE give it data.
+        decision.dax &= current == Some(true) || !self.window.as_ref().is_some_and(|window| window.is_full());
         tracing::trace!(node, ?decision, ?facts, "decided");
         (decision.dax, kept)
     }

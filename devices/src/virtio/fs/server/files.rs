@@ -24,6 +24,7 @@ impl Server {
         let GetattrIn { flags, fh, .. } = request.arg()?;
         let handle = (flags & GETATTR_FH != 0).then_some(fh);
         let (stat, timeout) = self.fs.getattr(&self.context(request), request.header.nodeid, handle)?;
+        self.tell_size(&stat);
         reply.object(&self.dax.attr_out(stat, timeout, request.dax))
     }
 
@@ -32,7 +33,12 @@ impl Server {
         let handle = (ask.valid & FATTR_FH != 0).then_some(ask.fh);
         let valid = SetattrValid::from_bits_truncate(ask.valid);
         let (context, nodeid) = (self.context(request), request.header.nodeid);
-        let (stat, timeout) = self.fs.setattr(&context, nodeid, ask.into(), handle, valid)?;
+        let set = || self.fs.setattr(&context, nodeid, ask.into(), handle, valid);
+        let (stat, timeout) = match valid.contains(SetattrValid::SIZE) {
+            true => self.resize(&context, nodeid, set),
+            false => set(),
+        }?;
+        self.tell_size(&stat);
         reply.object(&self.dax.attr_out(stat, timeout, request.dax))
     }
 
@@ -63,6 +69,7 @@ impl Server {
         let flags = host_flags(flags);
         let data = &mut request.data();
         let written = self.fs.write(&context, nodeid, fh, data, size, offset, delayed, flags, fuse_flags)?;
+        self.tell_growth(&context, nodeid);
         reply.object(&WriteOut { size: written as u32, padding: 0 })
     }
 
@@ -86,6 +93,7 @@ impl Server {
         let (stat, _) = self.fs.getattr(&context, nodeid, Some(fh))?;
         self.kill_set_id(&context, nodeid, &stat)?;
         self.fs.fallocate(&context, nodeid, fh, mode, offset, length)?;
+        self.tell_growth(&context, nodeid);
         reply.empty()
     }
 
@@ -137,6 +145,7 @@ impl Server {
         if copied < 0 {
             return Err(io::Error::last_os_error());
         }
+        self.tell_growth(&context, target);
         reply.object(&WriteOut { size: copied as u32, padding: 0 })
     }
 

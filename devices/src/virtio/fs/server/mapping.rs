@@ -13,7 +13,7 @@ use fuse_backend_rs::transport::FsCacheReqHandler;
 use super::Server;
 use super::decide::CAPABILITIES;
 use super::message::{Reply, Request, errno};
-use crate::virtio::fs::policy::is_set_id;
+use crate::virtio::fs::policy::{is_set_id, without_set_id};
 use crate::virtio::fs::window::{DaxWindow, WindowError};
 
 /// SETUPMAPPING flags for the library, which opens the file accordingly.
@@ -105,6 +105,32 @@ impl Server {
         self.fs.setattr(context, nodeid, killed, None, SetattrValid::MODE).map(drop)
     }
 
+    /// Tells the window the size that the client is about to hear of a file.
+    pub(super) fn tell_size(&self, stat: &libc::stat64) {
+        if let Some(window) = &self.window {
+            window.tell(stat);
+        }
+    }
+
+    /// Tells the window of a file that the client may have made longer, in a request whose reply does not say so. Costs
+    /// nothing as long as no file is short.
+    pub(super) fn tell_growth(&self, context: &Context, nodeid: u64) {
+        if let Some(window) = self.window.as_ref().filter(|window| window.has_short_files())
+            && let Ok((stat, _)) = self.fs.getattr(context, nodeid, None)
+        {
+            window.tell(&stat);
+        }
+    }
+
+    /// Carries out a change by which the client itself may shorten a file.
+    pub(super) fn resize<T>(&self, context: &Context, nodeid: u64, change: impl FnOnce() -> T) -> T {
+        let file = self.window.as_ref().map(|window| (window, self.fs.getattr(context, nodeid, None)));
+        match file {
+            Some((window, Ok((stat, _)))) => window.resize(&stat, change),
+            _ => change(),
+        }
+    }
+
     /// Opens a file or directory anew by its node id. The library gives descriptors to mappers only.
     pub(super) fn open_node(&self, context: &Context, nodeid: u64, writable: bool) -> io::Result<File> {
         let mut taker = Taker(None);
@@ -148,12 +174,6 @@ impl FsCacheReqHandler for Mapper {
     fn unmap(&mut self, _requests: Vec<RemovemappingOne>) -> io::Result<()> {
         Err(errno(libc::ENOSYS))
     }
-}
-
-/// The mode of a set-id file after a write; set-group-ID without the group's execute bit means something else.
-pub(super) fn without_set_id(mode: u32) -> u32 {
-    let set_gid = if mode & libc::S_IXGRP != 0 { libc::S_ISGID } else { 0 };
-    mode & !(libc::S_ISUID | set_gid)
 }
 
 /// Keeps a copy of the descriptor that the library has opened.

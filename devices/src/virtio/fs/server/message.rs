@@ -6,6 +6,7 @@ use std::mem::size_of;
 
 use fuse_backend_rs::abi::fuse_abi::{InHeader, OutHeader};
 use fuse_backend_rs::api::filesystem::{ZeroCopyReader, ZeroCopyWriter};
+use fuse_backend_rs::file_buf::FileVolatileSlice;
 use fuse_backend_rs::file_traits::FileReadWriteVolatile;
 use fuse_backend_rs::transport::{Reader, VirtioFsWriter};
 use vm_memory::ByteValued;
@@ -132,7 +133,16 @@ pub(super) struct Payload<'r, 'm>(&'r mut Reader<'m>);
 
 impl ZeroCopyReader for Payload<'_, '_> {
     fn read_to(&mut self, f: &mut dyn FileReadWriteVolatile, count: usize, off: u64) -> io::Result<usize> {
-        self.0.read_to_at(f, count, off)
+        match self.0.read_to_at(&mut *f, count, off) {
+            Err(error) if is_missing(&error) => {
+                let mut bytes = vec![0; count];
+                let read = self.0.read(&mut bytes)?;
+                // SAFETY: the slice refers to `bytes`, which lives through the call and is used by nobody else.
+                let slice = unsafe { FileVolatileSlice::from_mut_slice(&mut bytes[..read]) };
+                f.write_at_volatile(slice, off)
+            }
+            result => result,
+        }
     }
 }
 
@@ -219,12 +229,27 @@ impl<'m> Reply<'m> {
     }
 }
 
+/// Whether the host's kernel could not copy to or from guest memory: it lies in a window, where the host has taken a page
+/// away. A copy by the device itself gets over that (window/guard.rs).
+fn is_missing(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EFAULT)
+}
+
 /// The body of a reply, which goes from the file to guest memory without a copy.
 pub(super) struct Body<'m>(VirtioFsWriter<'m>);
 
 impl ZeroCopyWriter for Body<'_> {
     fn write_from(&mut self, f: &mut dyn FileReadWriteVolatile, count: usize, off: u64) -> io::Result<usize> {
-        self.0.write_from_at(f, count, off)
+        match self.0.write_from_at(&mut *f, count, off) {
+            Err(error) if is_missing(&error) => {
+                let mut bytes = vec![0; count.min(self.0.available_bytes())];
+                // SAFETY: the slice refers to `bytes`, which lives through the call and is used by nobody else.
+                let read =
+                    f.read_at_volatile(unsafe { FileVolatileSlice::from_mut_slice(&mut bytes) }, off)?;
+                self.0.write_all(&bytes[..read]).map(|()| read)
+            }
+            result => result,
+        }
     }
 
     fn available_bytes(&self) -> usize {

@@ -103,6 +103,9 @@ impl Server {
         fs.import()?;
         // SAFETY: geteuid(2) has no preconditions and cannot fail.
         let privileged = unsafe { libc::geteuid() } == 0;
+        if let Some(window) = window.as_ref().filter(|_| read_only) {
+            window.set_read_only();
+        }
         let dax = PerFileDax::new(policy);
         Ok(Server {
             tag,

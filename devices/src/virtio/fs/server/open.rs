@@ -21,7 +21,12 @@ impl Server {
         let (context, nodeid) = (self.context(request), request.header.nodeid);
         let opening = self.admit(&context, request, flags)?;
         let host_flags = host_flags(flags) | flags & libc::O_TRUNC as u32;
-        match self.fs.open(&context, nodeid, host_flags, fuse_flags) {
+        let open = || self.fs.open(&context, nodeid, host_flags, fuse_flags);
+        let opened = match flags as i32 & libc::O_TRUNC != 0 {
+            true => self.resize(&context, nodeid, open),
+            false => open(),
+        };
+        match opened {
             Ok(handle) => reply.object(&self.open_out(handle, flags, opening)),
             Err(error) => {
                 self.closed(request);
@@ -56,6 +61,7 @@ impl Server {
         };
         let (entry, handle, _, _) = created?;
         let opening = self.admit_created(&context, &entry);
+        self.tell_size(&entry.attr);
         let entry = self.dax.entry_out(entry, opening.dax);
         reply.send(&[entry.as_slice(), self.open_out(handle, flags, opening).as_slice()])
     }

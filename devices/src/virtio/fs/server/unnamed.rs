@@ -28,9 +28,8 @@ use fuse_backend_rs::passthrough::PassthroughFs;
 use fuse_backend_rs::transport::FsCacheReqHandler;
 use rustix::fs::{AtFlags, CWD, FallocateFlags, Gid, Mode, OFlags, Timespec, Timestamps, Uid, XattrFlags};
 
-use super::mapping::without_set_id;
 use super::message::errno;
-use crate::virtio::fs::policy::is_set_id;
+use crate::virtio::fs::policy::{is_set_id, without_set_id};
 
 /// Where the node ids of unnamed files begin: above the library's, and above the bit that says DAX.
 const FIRST_NODE: u64 = 1 << 57;

@@ -1,11 +1,12 @@
 //! SETUPMAPPING and REMOVEMAPPING.
 
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::process::Command;
 use std::sync::{Arc, Barrier};
 
-use fuse_backend_rs::abi::fuse_abi::ReadIn;
+use fuse_backend_rs::abi::fuse_abi::{ReadIn, SetattrIn};
 use fuse_backend_rs::abi::virtio_fs::SetupmappingIn;
+use fuse_backend_rs::api::filesystem::SetattrValid;
 use virtio_queue::desc::RawDescriptor;
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::mock::MockSplitQueue;
@@ -41,13 +42,14 @@ fn mapped_chunks_are_the_file() {
     guest.setupmapping(file, 0, MIN_WINDOW_SIZE - CHUNK_SIZE, READ | WRITE).unwrap();
     assert_eq!(guest.window(0), [b'f', 2]);
     assert_eq!(guest.window(MIN_WINDOW_SIZE - CHUNK_SIZE), [b'f', 0]);
-    assert_eq!(descriptors_into(&guest.directory), descriptors);
+    assert_eq!(descriptors_into(&guest.directory), descriptors + 1, "one for the file, to map it again");
 
     guest.write_window(MIN_WINDOW_SIZE - CHUNK_SIZE + 4096, *b"hi");
     assert_eq!(&std::fs::read(guest.path("f")).unwrap()[4096..4098], b"hi");
 
     guest.removemapping(2, &[(0, CHUNK_SIZE), (MIN_WINDOW_SIZE - CHUNK_SIZE, CHUNK_SIZE)]).unwrap();
     assert_eq!((guest.window(0), guest.window(MIN_WINDOW_SIZE - CHUNK_SIZE)), ([0; 2], [0; 2]));
+    assert_eq!(descriptors_into(&guest.directory), descriptors);
     let window = guest.counters().window.unwrap();
     assert_eq!((window.setup_mappings, window.remove_mappings, window.mapped_chunks), (2, 2, 0));
 }
@@ -251,6 +253,7 @@ fn descriptors_may_point_into_the_window() {
     let (entry, open) = guest.create(ROOT, "source", libc::O_RDWR).unwrap();
     guest.write(entry.nodeid, open.fh, 0, &[b's'; 4096]).unwrap();
     let memory = memory_with_window(&guest);
+    let path = guest.path("f");
 
     // From one file into a chunk of another.
     let mut read_into = |address| {
@@ -270,7 +273,15 @@ fn descriptors_may_point_into_the_window() {
     assert_eq!(read_into(WINDOW + 3 * CHUNK_SIZE + 8192), 0);
     // A hole takes it, and nobody sees it.
     assert_eq!(read_into(WINDOW), 0);
-    assert_eq!(&std::fs::read(guest.path("f")).unwrap()[CHUNK_SIZE as usize + 8192..][..4096], [b's'; 4096]);
+    assert_eq!(&std::fs::read(&path).unwrap()[CHUNK_SIZE as usize + 8192..][..4096], [b's'; 4096]);
+    // So does a file that the host has cut off, known or not known to be so.
+    let host = std::fs::File::options().write(true).open(&path).unwrap();
+    host.set_len(0).unwrap();
+    for _ in 0..20 {
+        assert_eq!(read_into(WINDOW + 3 * CHUNK_SIZE + 8192), 0);
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    assert_eq!(std::fs::read(&path).unwrap(), b"");
 }
 
 #[test]
@@ -309,4 +320,64 @@ fn queues_map_at_the_same_time() {
     }
     let window = guest.counters().window.unwrap();
     assert_eq!((window.mapped_chunks, window.setup_mappings), (4, 800));
+}
+
+/// The size that a reply tells is there when the reply is, though the host has shortened the file in between.
+#[test]
+fn growth_that_the_guest_makes_or_hears_of_is_there_at_once() {
+    let (mut guest, file) = guest_with_file(Policy::Always, 1);
+    let open = guest.open(file, libc::O_RDWR).unwrap();
+    guest.setupmapping(file, 0, 0, READ | WRITE).unwrap();
+    let host = std::fs::File::options().write(true).open(guest.path("f")).unwrap();
+    let shorten = |guest: &FakeGuest| {
+        let before = guest.counters().window.unwrap();
+        host.set_len(100).unwrap();
+        while guest.counters().window.unwrap().lost_pages == before.lost_pages {
+            std::thread::yield_now();
+        }
+        assert_eq!(guest.window(8192), [0; 2]);
+    };
+    shorten(&guest);
+    guest.write(file, open.fh, 8192, b"by WRITE").unwrap();
+    assert_eq!(&guest.window(8192), b"by");
+
+    host.set_len(CHUNK_SIZE).unwrap();
+    guest.getattr(file, None).unwrap();
+    shorten(&guest);
+    host.write_at(b"on the host", 8192).unwrap();
+    assert_eq!(guest.getattr(file, None).unwrap().size, 8192 + 11);
+    assert_eq!(&guest.window(8192), b"on");
+
+    host.set_len(CHUNK_SIZE).unwrap();
+    guest.getattr(file, None).unwrap();
+    shorten(&guest);
+    host.write_at(b"LOOKUP", 8192).unwrap();
+    guest.lookup(ROOT, "f").unwrap();
+    assert_eq!(&guest.window(8192), b"LO");
+
+    host.set_len(CHUNK_SIZE).unwrap();
+    guest.getattr(file, None).unwrap();
+    shorten(&guest);
+    guest.fallocate(file, open.fh, 3 * 4096).unwrap();
+    host.set_len(2 * 4096).unwrap();
+    host.write_at(b"!", 8192).unwrap();
+    guest.fallocate(file, open.fh, 3 * 4096).unwrap();
+    assert_eq!(guest.window(8192), [b'!', 0]);
+    let counters = guest.counters();
+    assert_eq!((counters.window.unwrap().lost_files, counters.lost_paths.len()), (1, 1));
+}
+
+#[test]
+fn what_the_guest_truncates_is_not_lost() {
+    let (mut guest, file) = guest_with_file(Policy::Always, 2);
+    guest.setupmapping(file, 0, 0, READ | WRITE).unwrap();
+    for size in [4096, 0, CHUNK_SIZE] {
+        guest
+            .setattr(file, SetattrIn { valid: SetattrValid::SIZE.bits(), size, ..Default::default() })
+            .unwrap();
+    }
+    guest.open(file, libc::O_RDWR | libc::O_TRUNC).unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    let window = guest.counters().window.unwrap();
+    assert_eq!((window.lost_files, window.lost_pages), (0, 0));
 }

@@ -36,6 +36,20 @@ pub struct WindowCounters {
     /// Pages of 4 KiB that were replaced by zeros because the device had to copy to or from them, and they lay behind the
     /// end of their file or could not be written. They are the file's again when their chunk is mapped anew.
     pub replaced_pages: u64,
+    /// Files that became shorter on the host while they were mapped.
+    pub lost_files: u64,
+    /// Pages of 4 KiB that the guest could access and that the host took away so. Holes are in their place.
+    pub lost_pages: u64,
+    /// Those of them that their file has again.
+    pub restored_pages: u64,
+    /// Pages of 4 KiB that the host could not read or write when the guest accessed them: its disk was full, or failed.
+    /// Holes are in their place, until the file changes its size or the chunk is mapped anew.
+    pub failed_pages: u64,
+    /// Pages of 4 KiB behind a file's end, or of files that it may only read, that the guest wrote to: it has copies of its
+    /// own, until they are the file's again.
+    pub copied_pages: u64,
+    /// Times that a file was mapped without a watch, as the host has none left.
+    pub unwatched_files: u64,
 }
 
 /// The living counters. They are written under the window's lock, so that they agree with its table, and are atomic for
@@ -50,6 +64,10 @@ pub(super) struct Counts {
     overlaid: AtomicU64,
     removes: AtomicU64,
     cleared: AtomicU64,
+    lost_pages: AtomicU64,
+    restored_pages: AtomicU64,
+    failed_pages: AtomicU64,
+    copied_pages: AtomicU64,
 }
 
 impl Counts {
@@ -66,17 +84,37 @@ impl Counts {
     }
 
     pub(super) fn unmapped(&self, chunks: u64) {
-        self.lost(chunks);
+        self.gone(chunks);
         self.removes.fetch_add(1, Relaxed);
     }
 
     pub(super) fn cleared(&self, chunks: u64) {
-        self.lost(chunks);
+        self.gone(chunks);
         self.cleared.fetch_add(chunks, Relaxed);
     }
 
-    pub(super) fn lost(&self, chunks: u64) {
+    pub(super) fn gone(&self, chunks: u64) {
         self.mapped.fetch_sub(chunks, Relaxed);
+    }
+
+    pub(super) fn upgraded(&self, change: MapChange) {
+        self.upgraded.fetch_add(change.upgraded, Relaxed);
+    }
+
+    pub(super) fn lost(&self, pages: u64) {
+        self.lost_pages.fetch_add(pages, Relaxed);
+    }
+
+    pub(super) fn restored(&self, pages: u64) {
+        self.restored_pages.fetch_add(pages, Relaxed);
+    }
+
+    pub(super) fn failed(&self, pages: u64) {
+        self.failed_pages.fetch_add(pages, Relaxed);
+    }
+
+    pub(super) fn copied(&self) {
+        self.copied_pages.fetch_add(1, Relaxed);
     }
 
     pub(super) fn mapped_chunks(&self) -> u64 {
@@ -96,8 +134,11 @@ impl Counts {
             overlaid_chunks: self.overlaid.load(Relaxed),
             remove_mappings: self.removes.load(Relaxed),
             cleared_chunks: self.cleared.load(Relaxed),
-            stray_bytes: 0,
-            replaced_pages: 0,
+            lost_pages: self.lost_pages.load(Relaxed),
+            restored_pages: self.restored_pages.load(Relaxed),
+            failed_pages: self.failed_pages.load(Relaxed),
+            copied_pages: self.copied_pages.load(Relaxed),
+            ..WindowCounters::default()
         }
     }
 }

@@ -4,18 +4,20 @@
 //! a page beyond the end of a mapped file (SIGBUS; a guest can have a file mapped that is shorter than its chunk, and the
 //! host can truncate one), or that writes to a read-only mapping (SIGSEGV; no driver that works as it should asks for
 //! it). Here the page is replaced by one of zeros that belongs to no file, and the copy goes on: what the guest then has
-//! is its own affair, and only in that page. The chunk is a whole file again when it is mapped the next time.
+//! is its own affair, and only in that page. The window's watcher is told, and sees to it that the file is shown again.
 //!
-//! vCPUs that touch such pages get no signal: see `vmm/src/vcpu.rs`.
+//! vCPUs that touch such pages get no signal: see `repair.rs` and `vmm/src/vcpu.rs`.
 
 use std::io;
 use std::ops::Range;
 use std::sync::Once;
 use std::sync::OnceLock;
 use std::sync::atomic::{
-    AtomicBool, AtomicU64, AtomicUsize, Ordering::AcqRel, Ordering::Acquire, Ordering::Relaxed,
+    AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering::AcqRel, Ordering::Acquire, Ordering::Relaxed,
     Ordering::Release,
 };
+
+use super::CHUNK_SIZE;
 
 const PAGE: usize = 4096;
 
@@ -25,6 +27,21 @@ struct Slot {
     start: AtomicUsize,
     end: AtomicUsize,
     replaced: AtomicU64,
+    /// Addresses of pages that were replaced and not taken yet; 0 where there is room.
+    pages: [AtomicUsize; PAGES],
+    /// Whether there were more.
+    overflowed: AtomicBool,
+}
+
+/// Replaced pages that a window remembers, until they are looked at.
+const PAGES: usize = 32;
+
+/// The eventfd that is told of replaced pages; below 0 if there is none.
+static TOLD: AtomicI32 = AtomicI32::new(-1);
+
+/// Has the eventfd `fd` told of replaced pages. It must stay open until the process ends.
+pub(super) fn tell(fd: libc::c_int) {
+    TOLD.store(fd, Relaxed);
 }
 
 /// Windows that a process can have: a signal handler can neither allocate nor lock.
@@ -36,6 +53,8 @@ static GUARDED: [Slot; SLOTS] = [const {
         start: AtomicUsize::new(0),
         end: AtomicUsize::new(0),
         replaced: AtomicU64::new(0),
+        pages: [const { AtomicUsize::new(0) }; PAGES],
+        overflowed: AtomicBool::new(false),
     }
 }; SLOTS];
 
@@ -58,6 +77,8 @@ impl Guard {
             GUARDED.iter().find(|slot| slot.taken.compare_exchange(false, true, AcqRel, Relaxed).is_ok());
         let slot = free.ok_or_else(|| io::Error::from_raw_os_error(libc::ENOSPC))?;
         slot.replaced.store(0, Relaxed);
+        slot.pages.iter().for_each(|page| page.store(0, Relaxed));
+        slot.overflowed.store(false, Relaxed);
         slot.end.store(range.end, Relaxed);
         slot.start.store(range.start, Release);
         Ok(Guard(slot))
@@ -66,6 +87,16 @@ impl Guard {
     /// Pages that were replaced.
     pub(super) fn replaced(&self) -> u64 {
         self.0.replaced.load(Relaxed)
+    }
+
+    /// Addresses of pages that were replaced since the last call; if they were too many, one of each chunk.
+    pub(super) fn take_pages(&self) -> Vec<usize> {
+        let Slot { start, end, pages, overflowed, .. } = self.0;
+        if overflowed.swap(false, AcqRel) {
+            pages.iter().for_each(|page| page.store(0, Release));
+            return (start.load(Relaxed)..end.load(Relaxed)).step_by(CHUNK_SIZE as usize).collect();
+        }
+        pages.iter().map(|page| page.swap(0, AcqRel)).filter(|page| *page != 0).collect()
     }
 }
 
@@ -100,7 +131,7 @@ fn install() -> io::Result<()> {
     result
 }
 
-/// Async-signal-safe: it loads and stores atomics, and calls mmap(2), which is a system call and nothing else.
+/// Async-signal-safe: it loads and stores atomics, and calls mmap(2) and write(2), which are system calls and no more.
 extern "C" fn on_signal(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     // SAFETY: the kernel passes a valid structure to a handler with SA_SIGINFO, with the address for these signals.
     let address = unsafe { (*info).si_addr() } as usize;
@@ -124,6 +155,16 @@ fn replace_page(address: usize) -> bool {
         return false;
     }
     slot.replaced.fetch_add(1, Relaxed);
+    let is_kept = |room: &AtomicUsize| room.compare_exchange(0, page, AcqRel, Relaxed).is_ok();
+    if !slot.pages.iter().any(is_kept) {
+        slot.overflowed.store(true, Release);
+    }
+    let told = TOLD.load(Relaxed);
+    if told >= 0 {
+        let one = 1_u64.to_ne_bytes();
+        // SAFETY: write(2) is async-signal-safe and reads 8 bytes of a live array.
+        unsafe { libc::write(told, one.as_ptr().cast(), one.len()) };
+    }
     true
 }
 

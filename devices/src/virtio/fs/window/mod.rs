@@ -4,27 +4,40 @@
 //! The window knows chunks and descriptors; which file a guest may map is decided elsewhere.
 
 mod counters;
+mod files;
 mod guard;
+mod lost;
+mod mmap;
+mod repair;
 mod scratch;
 mod size;
+mod state;
 mod table;
 #[cfg(test)]
 mod tests;
+mod watch;
 
+use std::collections::BTreeSet;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::BorrowedFd;
 use std::ptr;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, Weak};
 
 use self::counters::Counts;
 pub use self::counters::WindowCounters;
+use self::files::{FileKey, Files};
 use self::guard::Guard;
+use self::lost::LostFiles;
+use self::mmap::{Backing, give_back, replace};
 use self::scratch::Scratch;
 pub use self::size::{
     MAX_WINDOW_SIZE, MIN_WINDOW_SIZE, WindowSizeError, check_window_size, default_window_size,
 };
+use self::state::{Shared, State};
 use self::table::ChunkTable;
-use crate::virtio::device::HostMemory;
+use self::watch::Watcher;
+use crate::virtio::device::{HostMemory, Repair};
 
 /// log2 of [`CHUNK_SIZE`], which is what the device tells the guest in `map_alignment`.
 pub const CHUNK_SHIFT: u32 = 21;
@@ -85,27 +98,27 @@ impl WindowError {
 /// All queues share the window. One lock covers the system call and the table together, because they must agree when
 /// two queues touch the same chunk. It costs nothing beyond what is there anyway: the host's kernel carries out one
 /// change of the address space at a time.
-pub struct DaxWindow {
-    /// The first byte; aligned to 2 MiB, and `size` bytes from it belong to this object alone until it is dropped.
-    base: *mut u8,
-    /// In bytes, a valid window size.
-    size: u64,
-    guard: Guard,
-    scratch: Scratch,
-    table: Mutex<ChunkTable>,
-    counts: Counts,
-}
-
-// SAFETY: `base` is never dereferenced here and never changes; what it points at is only replaced under the lock.
-unsafe impl Send for DaxWindow {}
-// SAFETY: as above.
-unsafe impl Sync for DaxWindow {}
+///
+/// Files change on the host while they are mapped. docs/window.md says what the window does then.
+pub struct DaxWindow(Arc<Shared>);
 
 /// A checked range of chunks.
 #[derive(Clone, Copy)]
 struct Chunks {
     first: usize,
     count: usize,
+}
+
+impl Chunks {
+    /// Where it starts in the window, in bytes.
+    fn start(self) -> u64 {
+        (self.first as u64) << CHUNK_SHIFT
+    }
+
+    /// Its length in bytes.
+    fn bytes(self) -> u64 {
+        (self.count as u64) << CHUNK_SHIFT
+    }
 }
 
 impl DaxWindow {
@@ -125,11 +138,32 @@ impl DaxWindow {
         let base = start.wrapping_add(head);
         give_back(start, head);
         give_back(base.wrapping_add(size as usize), reserved - head - size as usize);
-        let table = Mutex::new(ChunkTable::new(size));
         let guard = Guard::new(base as usize..base as usize + size as usize)?;
-        let window = DaxWindow { base, size, guard, scratch, table, counts: Counts::default() };
-        window.punch(window.all(), libc::MAP_FIXED)?;
-        Ok(window)
+        let state = State { table: ChunkTable::new(size), files: Files::default(), copies: BTreeSet::new() };
+        let shared = Arc::new_cyclic(|me| Shared {
+            base,
+            size,
+            guard,
+            scratch,
+            state: Mutex::new(state),
+            counts: Counts::default(),
+            lost: LostFiles::default(),
+            short_files: AtomicU64::new(0),
+            is_read_only: AtomicBool::new(false),
+            full_at: AtomicU64::new(0),
+            me: Weak::clone(me),
+        });
+        let all = shared.all();
+        shared.punch(all.start(), all.bytes(), libc::MAP_FIXED)?;
+        if let Some(watcher) = Watcher::get() {
+            watcher.add_window(Arc::downgrade(&shared));
+        }
+        Ok(DaxWindow(shared))
+    }
+
+    /// Has no file changed through the window, not even where the guest gets to write to what it has mapped to read.
+    pub fn set_read_only(&self) {
+        self.0.is_read_only.store(true, Relaxed);
     }
 
     /// Shows `len` bytes of a file from `foffset` on at `moffset` of the window, shared with everyone else who maps or
@@ -150,40 +184,21 @@ impl DaxWindow {
         writable: bool,
         fd: BorrowedFd<'_>,
     ) -> Result<(), WindowError> {
-        let result = self.try_map(moffset, foffset, len, writable, fd);
+        let result = self.check(moffset, foffset, len);
+        let result = result.and_then(|chunks| self.0.map(chunks, foffset, writable, fd));
         if result.is_err() {
-            self.counts.map_failed();
+            self.0.counts.map_failed();
         }
         result
     }
 
-    fn try_map(
-        &self,
-        moffset: u64,
-        foffset: u64,
-        len: u64,
-        writable: bool,
-        fd: BorrowedFd<'_>,
-    ) -> Result<(), WindowError> {
+    fn check(&self, moffset: u64, foffset: u64, len: u64) -> Result<Chunks, WindowError> {
         let chunks = self.chunks(moffset, len)?;
         aligned("the offset in the file", foffset)?;
-        if foffset.checked_add(len).is_none_or(|end| end > i64::MAX as u64) {
-            return Err(WindowError::OutOfFile { foffset, len });
+        match foffset.checked_add(len) {
+            Some(end) if end <= i64::MAX as u64 => Ok(chunks),
+            _ => Err(WindowError::OutOfFile { foffset, len }),
         }
-
-        let mut table = self.lock();
-        let backing = Backing::File { fd: fd.as_raw_fd(), offset: foffset as i64, writable };
-        if let Err(error) = replace(self.address(chunks), bytes(chunks), backing) {
-            // Before Linux 6.12 a mapping that fails late (in the file system) has removed the old one already. The
-            // gap must be closed at once, or something else of the process would come to lie in the window. Where the
-            // old mapping is whole, this says EEXIST and does nothing.
-            if self.punch(chunks, libc::MAP_FIXED_NOREPLACE).is_ok() {
-                self.counts.lost(table.unmap(chunks.first, chunks.count));
-            }
-            return Err(WindowError::Map(error));
-        }
-        self.counts.mapped(table.map(chunks.first, chunks.count, foffset >> CHUNK_SHIFT, writable));
-        Ok(())
     }
 
     /// Makes a hole of `len` bytes at `moffset`, both multiples of 2 MiB, whatever was mapped there.
@@ -192,10 +207,7 @@ impl DaxWindow {
     /// [`WindowError`].
     pub fn unmap(&self, moffset: u64, len: u64) -> Result<(), WindowError> {
         let chunks = self.chunks(moffset, len)?;
-        let mut table = self.lock();
-        self.punch(chunks, libc::MAP_FIXED).map_err(WindowError::Map)?;
-        self.counts.unmapped(table.unmap(chunks.first, chunks.count));
-        Ok(())
+        self.0.unmap(chunks).map_err(WindowError::Map)
     }
 
     /// Makes the whole window a hole: a session with the guest's driver has ended.
@@ -203,42 +215,60 @@ impl DaxWindow {
     /// # Errors
     /// What the host says if it cannot.
     pub fn clear(&self) -> io::Result<()> {
-        let all = self.all();
-        let mut table = self.lock();
-        if self.mapped_chunks() > 0 {
-            self.punch(all, libc::MAP_FIXED)?;
-            self.counts.cleared(table.unmap(all.first, all.count));
+        self.0.clear()
+    }
+
+    /// To be called before the guest is told that a file has the size of `stat`: from when this returns it sees that much
+    /// of the file wherever it has it mapped, though the file was shorter in between. Costs one load if none was.
+    pub fn tell(&self, stat: &libc::stat64) {
+        self.0.tell(FileKey::of(stat), u64::try_from(stat.st_size).unwrap_or(0));
+    }
+
+    /// Whether any file is shorter than the guest may believe, so that sizes matter that are not known from a reply.
+    pub fn has_short_files(&self) -> bool {
+        self.0.short_files.load(SeqCst) > 0
+    }
+
+    /// Carries out a change by which the guest itself may set the size of the file that `stat` is of: it knows what it
+    /// loses.
+    pub fn resize<T>(&self, stat: &libc::stat64, change: impl FnOnce() -> T) -> T {
+        struct Resizing<'a>(&'a Shared, FileKey);
+        impl Drop for Resizing<'_> {
+            fn drop(&mut self) {
+                self.0.end_resize(self.1);
+            }
         }
-        self.scratch.clear()
+        let key = FileKey::of(stat);
+        self.0.begin_resize(key);
+        let _resizing = Resizing(&self.0, key);
+        change()
+    }
+
+    /// Whether the host has no mappings left (vm.max_map_count), so that no more files should be mapped.
+    pub fn is_full(&self) -> bool {
+        self.0.is_full()
     }
 
     /// Chunks that are mapped now; costs one load.
     pub fn mapped_chunks(&self) -> u64 {
-        self.counts.mapped_chunks()
+        self.0.counts.mapped_chunks()
     }
 
     /// The counters; takes no lock.
     pub fn counters(&self) -> WindowCounters {
+        let Shared { scratch, guard, counts, lost, size, .. } = &*self.0;
         WindowCounters {
-            stray_bytes: self.scratch.touched(),
-            replaced_pages: self.guard.replaced(),
-            ..self.counts.snapshot(self.size)
+            stray_bytes: scratch.touched(),
+            replaced_pages: guard.replaced(),
+            lost_files: lost.short(),
+            unwatched_files: lost.unwatched(),
+            ..counts.snapshot(*size)
         }
     }
 
-    fn all(&self) -> Chunks {
-        Chunks { first: 0, count: (self.size / CHUNK_SIZE) as usize }
-    }
-
-    /// Makes a hole; `placement` is MAP_FIXED or MAP_FIXED_NOREPLACE, as in mmap(2).
-    fn punch(&self, chunks: Chunks, placement: i32) -> io::Result<()> {
-        for (at, offset, len) in
-            self.scratch.pieces((chunks.first as u64) << CHUNK_SHIFT, bytes(chunks) as u64)
-        {
-            let backing = Backing::Hole { fd: self.scratch.fd(), offset: offset as i64, placement };
-            replace(self.base.wrapping_add(at as usize), len as usize, backing)?;
-        }
-        Ok(())
+    /// Paths on the host of the first files whose pages the host took away or could not provide.
+    pub fn lost_paths(&self) -> Vec<String> {
+        self.0.lost.paths()
     }
 
     /// Checks a range in bytes.
@@ -249,87 +279,40 @@ impl DaxWindow {
             return Err(WindowError::Unaligned { what: "the length", value: 0 });
         }
         match moffset.checked_add(len) {
-            Some(end) if end <= self.size => {
+            Some(end) if end <= self.0.size => {
                 let (first, count) = (moffset >> CHUNK_SHIFT, len >> CHUNK_SHIFT);
                 Ok(Chunks { first: first as usize, count: count as usize })
             }
-            _ => Err(WindowError::OutOfWindow { moffset, len, size: self.size }),
+            _ => Err(WindowError::OutOfWindow { moffset, len, size: self.0.size }),
         }
-    }
-
-    fn address(&self, chunks: Chunks) -> *mut u8 {
-        self.base.wrapping_add(chunks.first << CHUNK_SHIFT)
-    }
-
-    /// The table stays right through a panic: it is changed after all that can fail.
-    fn lock(&self) -> MutexGuard<'_, ChunkTable> {
-        self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl HostMemory for DaxWindow {
     fn host_address(&self) -> *mut u8 {
-        self.base
+        self.0.base
     }
 
     fn size(&self) -> u64 {
-        self.size
+        self.0.size
+    }
+
+    fn is_used(&self) -> bool {
+        self.mapped_chunks() > 0
+    }
+
+    fn repair(&self, offset: u64, write: bool) -> Repair {
+        if offset < self.0.size { self.0.repair(offset, write) } else { Repair::Unneeded }
     }
 }
 
 impl Drop for DaxWindow {
     fn drop(&mut self) {
-        give_back(self.base, self.size as usize);
+        // The watcher may still look at it, and needs no lock for that but the window's own.
+        let _ = self.0.clear();
     }
 }
 
 fn aligned(what: &'static str, value: u64) -> Result<(), WindowError> {
     if value.is_multiple_of(CHUNK_SIZE) { Ok(()) } else { Err(WindowError::Unaligned { what, value }) }
-}
-
-fn bytes(chunks: Chunks) -> usize {
-    chunks.count << CHUNK_SHIFT
-}
-
-/// What stands behind a range of addresses.
-#[derive(Clone, Copy)]
-enum Backing {
-    /// Address space alone, wherever it is free.
-    Nothing,
-    /// Scratch memory. `placement` is MAP_FIXED or MAP_FIXED_NOREPLACE, as in mmap(2).
-    Hole { fd: RawFd, offset: i64, placement: i32 },
-    /// A file, in place of what is there.
-    File { fd: RawFd, offset: i64, writable: bool },
-}
-
-/// Puts `backing` behind `len` bytes at `address`. All that this module does to the address space is here and in
-/// [`give_back`]; callers pass nothing but ranges of a window.
-fn replace(address: *mut u8, len: usize, backing: Backing) -> io::Result<*mut u8> {
-    let (protection, flags, fd, offset) = match backing {
-        Backing::Nothing => {
-            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-            (libc::PROT_NONE, flags, -1, 0)
-        }
-        Backing::Hole { fd, offset, placement } => {
-            let protection = libc::PROT_READ | libc::PROT_WRITE;
-            (protection, libc::MAP_SHARED | libc::MAP_NORESERVE | placement, fd, offset)
-        }
-        Backing::File { fd, offset, writable } => {
-            let protection = if writable { libc::PROT_READ | libc::PROT_WRITE } else { libc::PROT_READ };
-            (protection, libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_NORESERVE, fd, offset)
-        }
-    };
-    // SAFETY: the range is either chosen by the kernel, or lies in the window that reserved it: `DaxWindow::chunks`
-    // has checked it. Rust holds no reference into a window, and the guest expects it to change.
-    let mapped = unsafe { libc::mmap(address.cast(), len, protection, flags, fd, offset) };
-    if mapped == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(mapped.cast()) }
-}
-
-/// Gives a range of a window back to the process's free address space.
-fn give_back(address: *mut u8, len: usize) {
-    if len > 0 {
-        // SAFETY: the callers own the range: it is the surplus of a reservation just made, or the window being dropped,
-        // whose memory slot and devices hold it by reference count and so are gone.
-        unsafe { libc::munmap(address.cast(), len) };
-    }
 }

@@ -1,8 +1,10 @@
 //! The window against a model, with real files seen through its pointer.
 
+mod host_changes;
+
 use std::fs::File;
 use std::io::Read;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
 
 use super::*;
@@ -57,29 +59,29 @@ fn it_is_aligned_and_reads_zeros() {
 }
 
 #[test]
-fn pages_that_are_not_there_are_replaced_when_they_are_touched() {
+fn pages_that_are_not_there_are_replaced_while_they_are_touched() {
     let window = DaxWindow::new(SIZE).unwrap();
     let file = file(9, 1);
+    file.set_len(5000).unwrap();
     window.map(0, 0, CHUNK_SIZE, true, file.as_fd()).unwrap();
     window.map(CHUNK_SIZE, 0, CHUNK_SIZE, false, file.as_fd()).unwrap();
-    file.set_len(5000).unwrap();
     // The second page has the file's end, the third is behind it.
     assert_eq!(peek(&window, 4096), [0, 0]);
     assert_eq!(window.counters().replaced_pages, 0);
     assert_eq!(peek(&window, 8192), [0, 0]);
     poke(&window, 3 * 4096, [1, 1]);
-    assert_eq!(peek(&window, 3 * 4096), [1, 1]);
     // A read-only mapping.
     poke(&window, CHUNK_SIZE, [2, 2]);
-    assert_eq!(window.counters().replaced_pages, 3);
+    assert!(window.counters().replaced_pages >= 3);
     let mut start = [0; 2];
     file.read_exact_at(&mut start, 0).unwrap();
     assert_eq!(start, [9, 1], "nothing of it reached the file");
+    // The watcher sees to it that the file is there again.
+    host_changes::wait_for("the file", || peek(&window, CHUNK_SIZE) == [9, 1]);
 
     file.set_len(CHUNK_SIZE).unwrap();
     file.write_at(&[3, 4], 8192).unwrap();
-    window.map(0, 0, CHUNK_SIZE, true, file.as_fd()).unwrap();
-    assert_eq!((peek(&window, 8192), peek(&window, 3 * 4096)), ([3, 4], [0, 0]), "mapped anew");
+    host_changes::wait_for("the file", || peek(&window, 8192) == [3, 4] && peek(&window, 3 * 4096) == [0, 0]);
 }
 
 #[test]
