@@ -3,7 +3,8 @@
 //!
 //! In this order: the kernel's own file systems, the modules, the ports (`ports`), [`FromGuest::Ready`]; the root and
 //! what is mounted in it (`root`, `mounts`); the command and its streams (`session`); the end of all that is left
-//! (`end`), the last message, and power off. A step that fails is told by [`FromGuest::Failed`] and on the console.
+//! (`end`), and the last message, at which the runner ends the machine. A step that fails is told by
+//! [`FromGuest::Failed`] and on the console; where there is no runner to be told, the machine is switched off.
 //!
 //! What a command finds: the root as the task wants it; `/proc`, `/sys`, `/dev` and what belongs into them; a new tmpfs
 //! on `/run`, since sockets and locks of the host mean nothing here; the root's own `/tmp`, which an overlay makes
@@ -56,7 +57,7 @@ pub fn is_init() -> bool {
     std::process::id() == 1 && std::env::args_os().next().is_some_and(|name| name == INIT)
 }
 
-/// Does all that a guest does. Returns only if the machine cannot be switched off.
+/// Does all that a guest does. Returns only if the runner does not listen and the machine cannot be switched off.
 pub fn main() -> ExitCode {
     let mut control = None;
     let last = boot(&mut control).unwrap_or_else(|failure| {
@@ -65,8 +66,14 @@ pub fn main() -> ExitCode {
     });
     end::stop_processes();
     end::release_file_systems();
-    if let Some(Err(error)) = control.map(|control: Control| control.send(&last)) {
-        kernel::tell(&format_args!("the runner does not hear {last:?}: {error}"));
+    match control.map(|control: Control| control.send(&last)) {
+        // The runner ends the machine when it has written all output. Switching it off would reset the ports, and take
+        // from their queues what a slow reader has not read yet.
+        Some(Ok(())) => loop {
+            std::thread::park();
+        },
+        Some(Err(error)) => kernel::tell(&format_args!("the runner does not hear {last:?}: {error}")),
+        None => {}
     }
     kernel::tell(&format_args!("the machine stays on: {}", end::power_off()));
     ExitCode::FAILURE

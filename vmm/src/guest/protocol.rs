@@ -156,7 +156,7 @@ pub enum FromGuest {
     Ready,
     /// The command has been started.
     Started,
-    /// The guest cannot go on; it powers off after this.
+    /// The guest cannot go on. After this or one of the following messages it only waits for its end.
     Failed {
         /// What was being done, as in `mount the root`.
         what: String,
