@@ -17,10 +17,14 @@ use super::{Kernel, Report, VmError};
 /// How long one run may take, before `DEADLINE_SCALE`: emulated hosts are slow.
 const DEADLINE: Duration = Duration::from_secs(180);
 
+/// How long a guest may show no sign of life: an emulated host takes its time to unpack a kernel.
+const BOOT_TIMEOUT: Duration = Duration::from_secs(90);
+
 /// A guest with a command to be.
 #[derive(Clone, Debug)]
 pub struct CommandRun {
     options: Vec<OsString>,
+    boot_timeout: Duration,
     argv: Vec<OsString>,
 }
 
@@ -47,16 +51,9 @@ impl CommandRun {
 
     /// The same with what is given for `--kernel`.
     pub fn with_kernel_at(kernel: &Path, argv: &[&str]) -> CommandRun {
-        let run = CommandRun { options: Vec::new(), argv: argv.iter().map(OsString::from).collect() };
-        // An emulated host takes its time to unpack a kernel, which gives no sign of life meanwhile.
-        run.option("--kernel").option(kernel).options([
-            "--cpus",
-            "1",
-            "--memory",
-            "512M",
-            "--boot-timeout",
-            "90s",
-        ])
+        let argv = argv.iter().map(OsString::from).collect();
+        let run = CommandRun { options: Vec::new(), boot_timeout: BOOT_TIMEOUT, argv };
+        run.option("--kernel").option(kernel).options(["--cpus", "1", "--memory", "512M"])
     }
 
     /// A shell script.
@@ -70,7 +67,12 @@ impl CommandRun {
         self
     }
 
-    /// More arguments of `daxvm run`; the last of those that contradict each other wins.
+    /// How long the guest may show no sign of life, instead of a time for emulated hosts.
+    pub fn boot_timeout(self, boot_timeout: Duration) -> CommandRun {
+        CommandRun { boot_timeout, ..self }
+    }
+
+    /// More arguments of `daxvm run`.
     pub fn options<const N: usize>(mut self, options: [&str; N]) -> CommandRun {
         self.options.extend(options.map(OsString::from));
         self
@@ -80,6 +82,7 @@ impl CommandRun {
     fn command(&self, files: &Path) -> Command {
         let mut command = Command::new(daxvm());
         command.arg("run").args(&self.options).arg("--report").arg(files.join("report.json"));
+        command.arg("--boot-timeout").arg(format!("{}ms", self.boot_timeout.as_millis()));
         command.arg("--").args(&self.argv);
         command
     }

@@ -79,7 +79,7 @@ fn early_hang(_: &Kernel) -> Outcome {
     // jmp to itself; hlt with interrupts disabled.
     for code in [&[0xeb, 0xfe][..], &[0xfa, 0xf4, 0xeb, 0xfc]] {
         image(&dir.path().join("vmlinuz"), code)?;
-        let run = CommandRun::with_kernel_at(dir.path(), &["true"]).options(["--boot-timeout", "3s"]);
+        let run = CommandRun::with_kernel_at(dir.path(), &["true"]).boot_timeout(Duration::from_secs(3));
         let ended = run.run()?;
         ensure_end(&ended, 125, "boot-failed")?;
         ensure!((3..15).contains(&ended.time.as_secs()), "it took {:?}", ended.time);

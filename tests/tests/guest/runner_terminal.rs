@@ -138,8 +138,13 @@ fn terminal(kernel: &Kernel) -> Outcome {
     // Ctrl-Z stops the job in the guest, not daxvm.
     terminal.type_in("\x1a")?;
     terminal.wait_for("Stopped")?;
-    terminal.type_in("jobs; kill %1; echo $TERM\r")?;
+    terminal.type_in("echo $TERM\r")?;
     terminal.wait_for("vt100\r\n")?;
+    terminal.type_in("fg\r")?;
+    terminal.wait_for("sleep 1000\r\n")?;
+    thread::sleep(Duration::from_secs(2));
+    terminal.type_in("\x03")?;
+    terminal.wait_for("# ")?;
     terminal.type_in("exit 5\r")?;
     let ended = terminal.wait()?;
     ensure_end(&ended, 5, "exited")

@@ -73,6 +73,7 @@ pub struct Module {
 #[derive(Debug)]
 pub struct ModuleTree {
     dir: PathBuf,
+    listed: BTreeMap<String, PathBuf>,
     files: OnceCell<BTreeMap<String, PathBuf>>,
     builtin: HashSet<String>,
 }
@@ -87,10 +88,29 @@ impl ModuleTree {
             Err(error) if error.kind() == io::ErrorKind::NotFound => HashSet::new(),
             Err(source) => return Err(ModuleError::Read { path: list, source }),
         };
-        Ok(Self { dir, files: OnceCell::new(), builtin })
+        let order = fs::read_to_string(dir.join("modules.order")).unwrap_or_default();
+        let listed = order.lines().filter_map(|line| {
+            // A build tree of a newer kernel lists what the modules are linked from.
+            let file = line.strip_suffix(".o").map_or(line.to_owned(), |stem| format!("{stem}.ko"));
+            Some((module_name(Path::new(&file))?, dir.join(file)))
+        });
+        Ok(Self { listed: listed.collect(), files: OnceCell::new(), builtin, dir })
     }
 
-    /// All module files by name. They are only looked for when a module is not built in: a distribution has thousands.
+    /// The file of a module. A distribution has thousands of them, which are only looked through for one that is not
+    /// where the kernel's own list says.
+    fn file(&self, name: &str) -> Result<Option<PathBuf>, ModuleError> {
+        if let Some(path) = self.listed.get(name) {
+            let compressed = |suffix: &&str| PathBuf::from(format!("{}{suffix}", path.display()));
+            let candidates = ["", ".xz", ".zst", ".gz"].iter().map(compressed);
+            if let Some(path) = candidates.into_iter().find(|path| path.exists()) {
+                return Ok(Some(path));
+            }
+        }
+        Ok(self.files()?.get(name).cloned())
+    }
+
+    /// All module files by name.
     fn files(&self) -> Result<&BTreeMap<String, PathBuf>, ModuleError> {
         if let Some(files) = self.files.get() {
             return Ok(files);
@@ -135,20 +155,21 @@ impl ModuleTree {
         if self.builtin.contains(name) || !seen.insert(name.to_owned()) {
             return Ok(());
         }
-        let files = self.files()?;
-        let path = files
-            .get(name)
+        let path = self
+            .file(name)?
             .ok_or_else(|| ModuleError::NotFound { name: name.to_owned(), dir: self.dir.clone() })?;
-        let bytes = read_module(path)?;
+        let bytes = read_module(&path)?;
         let info =
             Modinfo::read(&bytes).map_err(|source| ModuleError::NotAModule { path: path.clone(), source })?;
-        for wanted in info.softdeps.iter().filter_map(|softdep| file_of_softdep(files, softdep)) {
-            self.visit(&wanted, seen, modules)?;
+        for softdep in &info.softdeps {
+            if let Some(wanted) = file_of_softdep(self.files()?, softdep) {
+                self.visit(&wanted, seen, modules)?;
+            }
         }
         for dependency in &info.depends {
             self.visit(&canonical(dependency), seen, modules)?;
         }
-        modules.push(Module { name: name.to_owned(), path: path.clone(), bytes });
+        modules.push(Module { name: name.to_owned(), path, bytes });
         Ok(())
     }
 }
@@ -278,7 +299,7 @@ mod tests {
         dir
     }
 
-    fn order(tree: &ModuleTree, names: &[&str]) -> Vec<String> {
+    fn order_of(tree: &ModuleTree, names: &[&str]) -> Vec<String> {
         tree.resolve(names).unwrap().into_iter().map(|module| module.name).collect()
     }
 
@@ -291,7 +312,23 @@ mod tests {
         ]);
         let tree = ModuleTree::open(dir.path()).unwrap();
         assert_eq!(tree.version(), "6.1-test");
-        assert_eq!(order(&tree, &["top", "base", "built-in"]), ["base", "mid_dle", "top"]);
+        assert_eq!(order_of(&tree, &["top", "base", "built-in"]), ["base", "mid_dle", "top"]);
+    }
+
+    #[test]
+    fn the_kernels_list_is_believed_as_far_as_it_is_true() {
+        let dir = tree(&[
+            ("fs/a.ko", "depends=b-c\0"),
+            ("b_c.ko", "depends=moved\0"),
+            ("fs/moved.ko", "depends=\0"),
+        ]);
+        let order = dir.path().join("lib/modules/6.1-test/modules.order");
+        fs::write(&order, "kernel/fs/a.ko\nkernel/b_c.o\nkernel/net/moved.ko\nkernel/gone.ko\n").unwrap();
+        let tree = ModuleTree::open(dir.path()).unwrap();
+        assert!(tree.file("a").unwrap().is_some() && tree.file("b_c").unwrap().is_some());
+        assert!(tree.files.get().is_none(), "nobody had to look for them");
+        assert_eq!(order_of(&tree, &["a"]), ["moved", "b_c", "a"]);
+        assert!(tree.resolve(&["gone"]).is_err());
     }
 
     #[test]
@@ -299,14 +336,14 @@ mod tests {
         let dir =
             tree(&[("ext4.ko", "softdep=pre: crypto-crc32c absent\0"), ("crc32c_generic.ko", "depends=\0")]);
         let tree = ModuleTree::open(dir.path()).unwrap();
-        assert_eq!(order(&tree, &["ext4"]), ["crc32c_generic", "ext4"]);
+        assert_eq!(order_of(&tree, &["ext4"]), ["crc32c_generic", "ext4"]);
     }
 
     #[test]
     fn a_version_directory_can_be_named_itself() {
         let dir = tree(&[("a.ko", "depends=\0")]);
         let tree = ModuleTree::open(&dir.path().join("lib/modules/6.1-test")).unwrap();
-        assert_eq!(order(&tree, &["a"]), ["a"]);
+        assert_eq!(order_of(&tree, &["a"]), ["a"]);
         assert!(tree.is_builtin("built-in") && !tree.is_builtin("a"));
     }
 

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use devices::virtio::fs::CacheMode;
 use devices::virtio::fs::policy::Policy;
+use devices::virtio::fs::window::default_window_size;
 
 use super::kernel::{Kernel, KernelError};
 use super::stdio;
@@ -40,6 +41,8 @@ const VARIABLES_ELSEWHERE: [&str; 2] = ["TERM", "LANG"];
 /// DAX when it is opened again and was not before; and an overlay, which cannot look its files up again, would fail
 /// with ESTALE when such a file is copied up.
 const ROOT_DAX: Policy = Policy::Size(128 << 10);
+/// The largest window of the root, in bytes, that nobody asked for: each GiB has the kernel initialise 16 MiB at boot.
+const ROOT_WINDOW: u64 = 1 << 30;
 
 /// Why there is no plan. The message names what to change.
 #[derive(Debug, thiserror::Error)]
@@ -158,7 +161,7 @@ pub fn plan(config: &RunConfig) -> Result<Plan, PlanError> {
             modules_dir = Some(tree.dir().to_owned());
         }
         let root = RootConfig { path: root_directory(&config.root.path)?, ..config.root.clone() };
-        machine.shares.push(root_share(&root));
+        machine.shares.push(root_share(&root, machine.memory));
         let mounts = writable(&config.rw, &root, &mut machine.shares)?;
         task = Some(Task {
             modules: modules.iter().map(|module| module.name.clone()).collect(),
@@ -232,12 +235,14 @@ fn root_directory(path: &Path) -> Result<PathBuf, PlanError> {
     Ok(root)
 }
 
-fn root_share(root: &RootConfig) -> ShareConfig {
+fn root_share(root: &RootConfig, memory: u64) -> ShareConfig {
+    // Whoever chooses the policy gets the window that any share with it has.
+    let default_window = root.dax.is_none().then(|| default_window_size(memory).min(ROOT_WINDOW));
     ShareConfig {
         tag: ROOT_TAG.to_owned(),
         path: root.path.clone(),
         read_only: root.mode != RootMode::Rw,
-        window: root.window,
+        window: root.window.or(default_window),
         dax: root.dax.clone().unwrap_or(DaxConfig::Named(ROOT_DAX)),
         // The host goes on changing its files, and whoever edits one wants the guest to see it.
         cache: CacheMode::Auto,
