@@ -22,6 +22,8 @@ mod ledger;
 mod lifecycle;
 #[path = "guest/machine.rs"]
 mod machine;
+#[path = "guest/matrix.rs"]
+mod matrix;
 #[path = "guest/negotiation.rs"]
 mod negotiation;
 #[path = "guest/per_file.rs"]
@@ -38,6 +40,8 @@ mod pressure;
 mod runner;
 #[path = "guest/runner_ends.rs"]
 mod runner_ends;
+#[path = "guest/runner_jobs.rs"]
+mod runner_jobs;
 #[path = "guest/runner_terminal.rs"]
 mod runner_terminal;
 #[path = "guest/seen.rs"]
@@ -113,6 +117,7 @@ fn trials(places: &Result<Places, String>) -> Vec<Trial> {
     for kernel in RUNNER_KERNELS {
         runner::trials(places, kernel, &mut trials);
     }
+    matrix::trials(places, &mut trials);
     trials
 }
 

@@ -4,10 +4,11 @@
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use super::peers::Qemu;
+use super::process::Watched;
 use super::{BenchError, Table};
 use crate::guest::{INIT, READY};
 use crate::vm::{Kernel, daxvm, scratch};
@@ -43,6 +44,7 @@ pub fn run(kernel: &str, n: usize) -> Result<Table, BenchError> {
         vmm.extend(report["timing"]["vmm_ms"].as_f64());
         memory.extend(report["vmm_memory_kib"].as_f64().map(|kib| kib / 1024.0));
         let mut command = qemu.microvm(MEMORY, 1);
+        command.args(["-serial", "stdio"]);
         command.arg("-kernel").arg(&files.kernel).arg("-initrd").arg(&files.initrd);
         command.args(["-append", "console=ttyS0 panic=-1 quiet"]);
         theirs.push(boot("QEMU microvm", command)?);
@@ -86,10 +88,9 @@ impl Files {
 fn boot(subject: &str, mut command: Command) -> Result<Boot, BenchError> {
     let start = Instant::now();
     // Its own end of the pipe stays open, so that the console is not read as closed.
-    let child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::inherit()).spawn();
-    let mut child = Ended(child.map_err(|source| BenchError::System("start a monitor", source))?);
-    let watchdog = Watchdog::start(child.0.id());
-    let mut output = child.0.stdout.take().ok_or(BenchError::NoLab)?;
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::inherit());
+    let mut monitor = Watched::start(&mut command, LIMIT)?;
+    let mut output = monitor.child.stdout.take().ok_or(BenchError::NoLab)?;
     let (mut text, mut init) = (String::new(), None);
     let mut buffer = [0; 4096];
     loop {
@@ -102,7 +103,6 @@ fn boot(subject: &str, mut command: Command) -> Result<Boot, BenchError> {
         }
         if has(READY) {
             let Some(init) = init else { break };
-            drop(watchdog);
             return Ok(Boot { init, ready: now });
         }
         if read == 0 {
@@ -112,34 +112,4 @@ fn boot(subject: &str, mut command: Command) -> Result<Boot, BenchError> {
     let tail: Vec<_> = text.lines().rev().take(20).collect();
     let output = tail.into_iter().rev().collect::<Vec<_>>().join("\n");
     Err(BenchError::Subject { subject: subject.to_owned(), expected: READY, output })
-}
-
-/// A process that is ended and waited for.
-struct Ended(Child);
-
-impl Drop for Ended {
-    fn drop(&mut self) {
-        if let Some(pid) = rustix::process::Pid::from_raw(self.0.id() as i32) {
-            // It may have ended by itself.
-            let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
-        }
-        let _ = self.0.wait();
-    }
-}
-
-/// Kills a process that takes too long.
-struct Watchdog(#[expect(dead_code, reason = "its end tells the thread")] std::sync::mpsc::Sender<()>);
-
-impl Watchdog {
-    fn start(pid: u32) -> Watchdog {
-        let (sender, receiver) = std::sync::mpsc::channel::<()>();
-        std::thread::spawn(move || {
-            if receiver.recv_timeout(LIMIT) == Err(std::sync::mpsc::RecvTimeoutError::Timeout)
-                && let Some(pid) = rustix::process::Pid::from_raw(pid as i32)
-            {
-                let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
-            }
-        });
-        Watchdog(sender)
-    }
 }

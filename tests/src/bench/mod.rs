@@ -5,7 +5,10 @@ pub mod boot;
 pub mod peers;
 mod plot;
 pub mod policy;
+mod process;
+pub mod runner;
 mod table;
+mod virtme_ng;
 
 pub use table::{Row, Table};
 

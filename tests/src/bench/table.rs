@@ -24,10 +24,20 @@ pub struct Row {
     pub ratio_to: BTreeMap<String, f64>,
 }
 
+/// What could not be measured.
+#[derive(Debug, Clone, Serialize)]
+struct Missing {
+    row: String,
+    subject: String,
+    /// Why there is no median.
+    missing: String,
+}
+
 /// The results of one benchmark.
 #[derive(Debug, Default)]
 pub struct Table {
     rows: Vec<Row>,
+    missing: Vec<Missing>,
 }
 
 impl Table {
@@ -46,6 +56,12 @@ impl Table {
             }
         }
         self.rows.push(Row { row, subject, median, unit, n, ratio_to });
+    }
+
+    /// Adds that there is no result, and why.
+    pub fn add_missing(&mut self, row: &str, subject: &str, why: &str) {
+        let (row, subject, missing) = (row.to_owned(), subject.to_owned(), why.to_owned());
+        self.missing.push(Missing { row, subject, missing });
     }
 
     /// The results so far.
@@ -67,16 +83,22 @@ impl Table {
                 ratios.join(", ")
             );
         }
+        for Missing { row, subject, missing } in &self.missing {
+            println!("{row:<26} {subject:<16} not measured: {missing}");
+        }
     }
 
-    /// Writes the rows to `target/bench/NAME.json`.
+    /// Writes the rows, and what is missing, to `target/bench/NAME.json`.
     ///
     /// # Errors
     /// The file cannot be written.
     pub fn write(&self, name: &str) -> io::Result<()> {
         let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/bench");
         fs::create_dir_all(&dir)?;
-        let mut text = serde_json::to_string_pretty(&self.rows)?;
+        let rows = self.rows.iter().map(serde_json::to_value);
+        let missing = self.missing.iter().map(serde_json::to_value);
+        let all = rows.chain(missing).collect::<Result<Vec<_>, _>>()?;
+        let mut text = serde_json::to_string_pretty(&all)?;
         text.push('\n');
         fs::write(dir.join(format!("{name}.json")), text)
     }

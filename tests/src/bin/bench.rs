@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use tests::bench::{BenchError, Table, boot, policy};
+use tests::bench::{BenchError, Table, boot, policy, runner};
 
 #[derive(Parser)]
 struct Cli {
@@ -31,6 +31,15 @@ enum Benchmark {
         #[arg(long, default_value = "6.12-cloud")]
         kernel: String,
     },
+    /// Boot to exit of `true`, and rates through standard output and input, against QEMU and virtme-ng
+    Runner {
+        /// Measurements of each
+        #[arg(short, default_value_t = 5)]
+        n: usize,
+        /// The kernel, as scripts/fetch-kernel names it
+        #[arg(long, default_value = "6.12-cloud")]
+        kernel: String,
+    },
 }
 
 fn main() -> ExitCode {
@@ -50,6 +59,7 @@ fn run(benchmark: Benchmark) -> Result<(), BenchError> {
     let (name, table): (_, Table) = match benchmark {
         Benchmark::Boot { n, kernel } => ("boot", boot::run(&kernel, n)?),
         Benchmark::Policy { files, kernel } => ("policy", policy::run(&kernel, files)?),
+        Benchmark::Runner { n, kernel } => ("runner", runner::run(&kernel, n)?),
     };
     table.print();
     table.write(name).map_err(|source| BenchError::System("write target/bench", source))

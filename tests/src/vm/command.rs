@@ -24,7 +24,9 @@ const BOOT_TIMEOUT: Duration = Duration::from_secs(90);
 #[derive(Clone, Debug)]
 pub struct CommandRun {
     options: Vec<OsString>,
+    memory: &'static str,
     boot_timeout: Duration,
+    deadline: Duration,
     argv: Vec<OsString>,
 }
 
@@ -52,8 +54,9 @@ impl CommandRun {
     /// The same with what is given for `--kernel`.
     pub fn with_kernel_at(kernel: &Path, argv: &[&str]) -> CommandRun {
         let argv = argv.iter().map(OsString::from).collect();
-        let run = CommandRun { options: Vec::new(), boot_timeout: BOOT_TIMEOUT, argv };
-        run.option("--kernel").option(kernel).options(["--cpus", "1", "--memory", "512M"])
+        let (options, boot_timeout, deadline) = (Vec::new(), BOOT_TIMEOUT, DEADLINE);
+        let run = CommandRun { options, memory: "512M", boot_timeout, deadline, argv };
+        run.option("--kernel").option(kernel).options(["--cpus", "1"])
     }
 
     /// A shell script.
@@ -78,10 +81,25 @@ impl CommandRun {
         self
     }
 
+    /// This much memory, as `--memory` takes it.
+    pub fn memory(self, memory: &'static str) -> CommandRun {
+        CommandRun { memory, ..self }
+    }
+
+    /// Gives it this time, before `DEADLINE_SCALE`, in place of three minutes.
+    pub fn deadline(self, deadline: Duration) -> CommandRun {
+        CommandRun { deadline, ..self }
+    }
+
     /// The program with all its arguments, whose streams are still to be chosen.
     fn command(&self, files: &Path) -> Command {
         let mut command = Command::new(daxvm());
-        command.arg("run").args(&self.options).arg("--report").arg(files.join("report.json"));
+        command
+            .arg("run")
+            .args(&self.options)
+            .args(["--memory", self.memory])
+            .arg("--report")
+            .arg(files.join("report.json"));
         command.arg("--boot-timeout").arg(format!("{}ms", self.boot_timeout.as_millis()));
         command.arg("--").args(&self.argv);
         command
@@ -96,7 +114,7 @@ impl CommandRun {
         let start = Instant::now();
         let mut child = command.spawn().map_err(VmError::system("starting daxvm"))?;
         let stderr = child.stderr.take().map(|stderr| thread::spawn(move || read_all(stderr)));
-        Ok(RunningCommand { child, files, start, stderr })
+        Ok(RunningCommand { child, files, start, deadline: self.deadline, stderr })
     }
 
     /// Starts it with pipes.
@@ -129,6 +147,7 @@ pub struct RunningCommand {
     pub child: Child,
     files: TempDir,
     start: Instant,
+    deadline: Duration,
     stderr: Option<JoinHandle<Vec<u8>>>,
 }
 
@@ -172,7 +191,7 @@ impl RunningCommand {
 
     fn wait_ended(&mut self) -> Result<ExitStatus, VmError> {
         let scale = std::env::var("DEADLINE_SCALE").ok().and_then(|text| text.parse().ok()).unwrap_or(1.0);
-        let end = self.start + DEADLINE.mul_f64(scale);
+        let end = self.start + self.deadline.mul_f64(scale);
         loop {
             match self.child.try_wait().map_err(VmError::system("waiting for daxvm"))? {
                 Some(status) => return Ok(status),

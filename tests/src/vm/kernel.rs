@@ -101,19 +101,25 @@ impl Kernel {
     }
 }
 
-/// The guest's init: cargo leaves it beside the programs, and tests one directory below them.
+/// The guest's init.
 pub fn guest_init() -> Result<PathBuf, VmError> {
-    let path = match env::var_os("GUEST_INIT") {
-        Some(path) => PathBuf::from(path),
-        None => {
-            let program = env::current_exe().map_err(VmError::system("the running program"))?;
-            let mut dirs = program.ancestors().skip(1).filter(|dir| !dir.ends_with("deps"));
-            dirs.next().unwrap_or(Path::new("/")).join("guest-init")
-        }
-    };
+    match env::var_os("GUEST_INIT") {
+        Some(path) => found(path.into()),
+        None => beside("guest-init"),
+    }
+}
+
+/// One of this crate's programs: cargo leaves them beside each other, and tests one directory below them.
+pub fn beside(name: &str) -> Result<PathBuf, VmError> {
+    let program = env::current_exe().map_err(VmError::system("the running program"))?;
+    let mut dirs = program.ancestors().skip(1).filter(|dir| !dir.ends_with("deps"));
+    found(dirs.next().unwrap_or(Path::new("/")).join(name))
+}
+
+fn found(path: PathBuf) -> Result<PathBuf, VmError> {
     match fs::metadata(&path) {
         Ok(_) => Ok(path),
-        Err(source) => Err(VmError::Missing { what: "the guest's init", path, source }),
+        Err(source) => Err(VmError::Missing { what: "a program of the tests", path, source }),
     }
 }
 

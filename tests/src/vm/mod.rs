@@ -33,6 +33,6 @@ pub use builder::{Share, VmBuilder, daxvm};
 pub use command::{CommandEnded, CommandRun, RunningCommand};
 pub use error::VmError;
 pub use host::{Holdings, HostProcess};
-pub use kernel::{Kernel, guest_init, in_target, scratch};
+pub use kernel::{Kernel, beside, guest_init, in_target, scratch};
 pub use report::{DaxCounts, Report, WindowCounts};
 pub use running::{Ended, Vm};

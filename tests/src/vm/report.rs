@@ -80,7 +80,10 @@ pub struct WindowCounts {
 
 impl Report {
     /// Reads a report; none is an empty one.
-    pub(super) fn parse(bytes: Option<&[u8]>) -> io::Result<Report> {
+    ///
+    /// # Errors
+    /// It is no report.
+    pub fn parse(bytes: Option<&[u8]>) -> io::Result<Report> {
         let Some(bytes) = bytes else { return Ok(Report::default()) };
         let all: Value = serde_json::from_slice(bytes)?;
         Ok(Report { all: all.clone(), ..serde_json::from_value(all)? })

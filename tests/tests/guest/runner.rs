@@ -12,7 +12,7 @@ use tests::guest::data::Content;
 use tests::vm::{CommandEnded, CommandRun, Kernel, scratch};
 
 use crate::harness::{Outcome, Places, end_current, ensure, ensure_eq, trial};
-use crate::{runner_ends, runner_terminal, seen};
+use crate::{runner_ends, runner_jobs, runner_terminal, seen};
 
 /// A check that runs commands with one kernel.
 pub type RunnerCheck = fn(&Kernel) -> Outcome;
@@ -39,9 +39,14 @@ pub fn trials(places: &Result<Places, String>, kernel: &'static str, trials: &mu
         checks.extend(runner_ends::checks());
         checks.extend(seen::checks());
         checks.extend(runner_terminal::checks());
+        checks.extend(runner_jobs::checks());
     }
-    for (name, check) in checks {
-        let name = format!("{}/runner/{name}", kernel.trim_end_matches("-cloud"));
+    let short = kernel.trim_end_matches("-cloud");
+    let mut named: Vec<_> =
+        checks.into_iter().map(|(name, check)| (format!("{short}/runner/{name}"), check)).collect();
+    let (name, check) = runner_jobs::LONG;
+    named.push((format!("{short}/long/{name}"), check));
+    for (name, check) in named {
         trials.push(trial(name, places, move |_| {
             end_current();
             check(&Kernel::find(kernel)?)

@@ -161,15 +161,18 @@ fn interrupted_twice(kernel: &Kernel) -> Outcome {
     Ok(())
 }
 
+/// The processes of the program, apart from zombies.
+pub fn processes() -> std::io::Result<BTreeSet<String>> {
+    let program = tests::vm::daxvm().canonicalize()?;
+    let entries = fs::read_dir("/proc")?.flatten();
+    let ours =
+        entries.filter(|entry| fs::read_link(entry.path().join("exe")).is_ok_and(|exe| exe == program));
+    Ok(ours.map(|entry| format!("process {}", entry.path().display())).collect())
+}
+
 /// The processes of this program, and what is in the directories where programs leave things.
 fn traces() -> std::io::Result<BTreeSet<String>> {
-    let mut traces = BTreeSet::new();
-    let program = tests::vm::daxvm().canonicalize()?;
-    for entry in fs::read_dir("/proc")?.flatten() {
-        if fs::read_link(entry.path().join("exe")).is_ok_and(|exe| exe == program) {
-            traces.insert(format!("process {}", entry.path().display()));
-        }
-    }
+    let mut traces = processes()?;
     for dir in ["/tmp", "/run", "/dev/shm", "/var/tmp"] {
         for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
             traces.insert(entry.path().display().to_string());
