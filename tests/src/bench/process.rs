@@ -1,15 +1,17 @@
 //! Processes that are measured: they are ended whatever happens.
 
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::Duration;
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, kill_process_group};
 
 use super::BenchError;
 
-/// A process that is killed when it takes too long, and ended when nobody wants it any more.
+/// A process that is killed when it takes too long, and ended when nobody wants it any more; with those that it has
+/// started, which could keep its output open.
 pub struct Watched {
     /// The process.
     pub child: Child,
@@ -22,13 +24,16 @@ impl Watched {
     /// # Errors
     /// The system refuses to.
     pub fn start(command: &mut Command, limit: Duration) -> Result<Watched, BenchError> {
-        let child = command.spawn().map_err(|source| BenchError::System("start a monitor", source))?;
+        let child = command
+            .process_group(0)
+            .spawn()
+            .map_err(|source| BenchError::System("start a monitor", source))?;
         let pid = Pid::from_child(&child);
         let (watchdog, ended) = mpsc::channel::<()>();
         thread::spawn(move || {
             if ended.recv_timeout(limit) == Err(RecvTimeoutError::Timeout) {
                 // It may have ended by itself.
-                let _ = kill_process(pid, Signal::KILL);
+                let _ = kill_process_group(pid, Signal::KILL);
             }
         });
         Ok(Watched { child, watchdog: Some(watchdog) })
@@ -48,7 +53,7 @@ impl Watched {
 impl Drop for Watched {
     fn drop(&mut self) {
         if let Ok(None) = self.child.try_wait() {
-            let _ = kill_process(Pid::from_child(&self.child), Signal::TERM);
+            let _ = kill_process_group(Pid::from_child(&self.child), Signal::TERM);
             let _ = self.child.wait();
         }
     }

@@ -20,7 +20,7 @@ use vmm::initramfs::Archive;
 /// RAM of each guest.
 pub(super) const MEMORY: &str = "512M";
 /// No run takes this long; one that hangs is ended.
-const LIMIT: Duration = Duration::from_secs(240);
+const LIMIT: Duration = Duration::from_secs(120);
 /// Bytes that go through a stream.
 const STREAM: u64 = 64 << 20;
 
@@ -48,6 +48,7 @@ pub fn run(kernel: &str, n: usize) -> Result<Table, BenchError> {
 /// Boot to exit of `true`.
 fn boots(runners: &Runners, n: usize, table: &mut Table) -> Result<(), BenchError> {
     const ROW: &str = "boot to exit of true";
+    eprintln!("{ROW}: trying virtme-ng");
     let virtme_ng = VirtmeNg::find(&runners.qemu, &runners.kernel).and_then(|virtme_ng| {
         // It makes files for later runs; and whether it runs anything at all should be known.
         let printed = output("virtme-ng", virtme_ng.command(&["echo", "it", "runs"]))?;

@@ -29,7 +29,7 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-"$virtiofsd" --socket-path="$socket" -o source="$source",cache="$cache",sandbox=chroot &
+"$virtiofsd" --socket-path="$socket" -o source="$source",cache="$cache",sandbox=chroot,no_announce_submounts &
 until [ -S "$socket" ]; do sleep 0.01; done
 echo $! >"$socket.pid"
 wait
@@ -109,7 +109,8 @@ impl VirtmeNg {
         command.env_remove("PYTHONDONTWRITEBYTECODE").env("HOME", &self.root).env("TMPDIR", scratch());
         command.env("LD_LIBRARY_PATH", &self.libraries);
         command.arg("--run").arg(&self.kernel).args(["--cpus", "1", "--memory", MEMORY]);
-        command.arg("--busybox").arg(&self.busybox).arg("--qemu").arg(&self.qemu);
+        // Its microvm has legacy virtio-mmio devices, at which virtiofsd in C aborts.
+        command.arg("--disable-microvm").arg("--busybox").arg(&self.busybox).arg("--qemu").arg(&self.qemu);
         command.arg(format!("--qemu-opts={}", self.qemu_options)).arg("--").args(argv);
         command
     }
