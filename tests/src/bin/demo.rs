@@ -1,25 +1,36 @@
-//! `scripts/demo`: the main job, shown on a real directory. A stock guest mounts this project's source tree and a large
-//! file through the DAX window, and every byte that it reads is compared with the host's.
+//! `scripts/demo`: the main job, shown on a real directory. `daxvm run -- COMMAND` gives a stock guest this project's
+//! source tree and a large file as a share with a DAX window; the command, which is this program again, mounts it in the
+//! guest and compares every byte that it reads with what the host has.
 
 use std::error::Error;
 use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::path::Path;
+use std::process::{Command, ExitCode};
 use std::time::Instant;
 
-use tests::guest::Access;
+use serde::de::DeserializeOwned;
 use tests::guest::data::{Content, Hasher};
-use tests::vm::{Kernel, Share, Vm};
+use tests::guest::{Access, Agent, Data, Digest, Mount, Op, Sha256, Stat, Write as WriteFile};
+use tests::vm::{Kernel, Report, daxvm};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
 const BIG: &str = "large-file";
 const BIG_SIZE: u64 = 64 << 20;
+/// What the guest writes to it.
+const REWRITTEN: Content = Content { seed: 2, len: BIG_SIZE };
+/// What sha256sum would say of the files on the host.
+const SUMS: &str = "SHA256SUMS";
 const WINDOW: &str = "256M";
 
 fn main() -> ExitCode {
-    match run() {
+    // What the command in the guest is called with, as below.
+    let result = match std::env::args().nth(1).as_deref() {
+        Some("guest") => guest(),
+        _ => host(),
+    };
+    match result {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => {
             eprintln!("demo: the guest and the host do not agree");
@@ -42,77 +53,49 @@ fn step<T>(what: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
     result
 }
 
-fn run() -> Result<bool> {
+fn host() -> Result<bool> {
     let scratch = std::env::var_os("LAB_EXT4").ok_or("LAB_EXT4 is not set: run scripts/demo")?;
-    let share = tempfile::Builder::new().prefix("demo-").tempdir_in(scratch)?;
-    let mut files = step("host:  copy the source tree, make a file of 64 MiB", || prepare(share.path()))?;
-    files.push(PathBuf::from(BIG));
+    let dir = tempfile::Builder::new().prefix("demo-").tempdir_in(scratch)?;
+    let (share, report) = (dir.path().join("source"), dir.path().join("report.json"));
+    step("host:  copy the source tree, make a file of 64 MiB", || prepare(&share))?;
 
     let kernel = Kernel::find("6.12-cloud")?;
-    let mut vm = step(&format!("guest: boot {} (stock Debian kernel, 2 vCPUs)", kernel.name()), || {
-        let source = Share::new("source", share.path()).window(WINDOW);
-        Ok(Vm::builder(&kernel).cpus(2).share(source).boot()?)
-    })?;
-    step("guest: mount -t virtiofs -o dax=inode source /mnt", || {
-        Ok(vm.mount("source", "/mnt", "dax=inode")?)
-    })?;
+    let mut command = Command::new(daxvm());
+    command.arg("run").arg("--kernel").arg(kernel.dir()).args(["--cpus", "2", "--memory", "512M"]);
+    command.arg("--share").arg(format!("tag=source,path={},window={WINDOW}", share.display()));
+    // An emulated host takes its time to unpack a kernel.
+    command.arg("--boot-timeout").arg("90s").arg("--report").arg(&report);
+    command.arg("--").arg(std::env::current_exe()?).arg("guest");
+    println!("\n$ daxvm run --kernel target/kernels/6.12-cloud --cpus 2 \\");
+    println!("      --share tag=source,path=source,window={WINDOW} -- demo guest\n");
+    let start = Instant::now();
+    let ended = command.status()?;
+    let total = start.elapsed().as_secs_f64();
 
-    println!();
-    let mut dax = 0;
-    for name in ["README.md", "Cargo.toml", BIG] {
-        let stat = vm.stat(&*format!("/mnt/{name}"))?;
-        println!("       {name:<20} {:>10} bytes   DAX: {}", stat.size, if stat.dax { "yes" } else { "no" });
+    let report = Report::parse(Some(&fs::read(report)?))?;
+    let written = REWRITTEN.differs_from(&File::open(share.join(BIG))?)?.is_none();
+    println!("\nWhat the guest wrote is {} the host.", if written { "on" } else { "NOT on" });
+    println!("The command ended with status {}.", ended.code().unwrap_or(-1));
+    let timing = ["vmm_ms", "ready_ms", "started_ms"].map(|part| report.all["timing"][part].as_f64());
+    if let [Some(vmm), Some(ready), Some(started)] = timing {
+        println!("Start to command: {:.1} s, of {total:.1} s in all.", (vmm + ready + started) / 1e3);
     }
-    let mut same = 0;
-    step(&format!("guest: read(2) all {} files, compare SHA-256 with the host", files.len()), || {
-        for (i, file) in files.iter().enumerate() {
-            let name = file.to_str().ok_or("a file name that is no UTF-8")?;
-            let path = format!("/mnt/{name}");
-            dax += usize::from(vm.stat(&*path)?.dax);
-            same += usize::from(
-                vm.sha256(&path, Access::Read(128 << 10))?.sha256 == sha256(&share.path().join(file))?,
-            );
-            if i % 20 == 19 {
-                print!(".");
-                std::io::stdout().flush()?;
-            }
-        }
-        Ok(())
-    })?;
-    let mapped = step("guest: read the large file again, through mmap", || {
-        Ok(vm.sha256(&format!("/mnt/{BIG}"), Access::Mmap)?.sha256)
-    })?;
-    same += usize::from(mapped == sha256(&share.path().join(BIG))?);
-    let written = step("guest: write through a shared mapping, fsync", || {
-        let content = Content { seed: 2, len: BIG_SIZE };
-        vm.write_content(&format!("/mnt/{BIG}"), 0, content, true, 2)?;
-        Ok(content.differs_from(&File::open(share.path().join(BIG))?)?.is_none())
-    })?;
-    let ended = step("guest: unmount, power off", || {
-        vm.umount("/mnt")?;
-        Ok(vm.power_off()?)
-    })?;
-
-    let checks = files.len() + 1;
-    println!("\n{same} of {checks} checksums agree, {dax} of {} files are DAX,", files.len());
-    println!("what the guest wrote is {} the host.", if written { "on" } else { "NOT on" });
-    if let Some(window) = ended.report.window("source") {
+    if let Some(window) = report.window("source") {
         println!(
             "Window of {WINDOW}: at most {} chunks of 2 MiB mapped at a time, {} SETUPMAPPINGs, {} mapped now.",
             window.peak_mapped_chunks, window.setup_mappings, window.mapped_chunks
         );
     }
-    if let Some(kib) = ended.report.all["vmm_memory_kib"].as_f64() {
+    if let Some(kib) = report.all["vmm_memory_kib"].as_f64() {
         println!("Memory of daxvm beside the guest's: {:.1} MiB.", kib / 1024.0);
     }
-    Ok(same == checks && dax == files.len() && written && ended.status == Some(0))
+    Ok(ended.success() && written)
 }
 
-/// Copies this project's files, which standard input names, to `share`, makes the large one, and returns the names of the
-/// former.
-fn prepare(share: &Path) -> Result<Vec<PathBuf>> {
+/// Copies this project's files, which standard input names, to `share`, makes the large one, and lists their checksums.
+fn prepare(share: &Path) -> Result<()> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    let mut files = Vec::new();
+    let mut names = Vec::new();
     for name in std::io::read_to_string(std::io::stdin())?.split_terminator('\0') {
         let (from, to) = (root.join(name), share.join(name));
         // Deleted in the working tree, or empty: nothing to read.
@@ -121,10 +104,15 @@ fn prepare(share: &Path) -> Result<Vec<PathBuf>> {
         }
         fs::create_dir_all(to.parent().ok_or("a file at the root")?)?;
         fs::copy(from, to)?;
-        files.push(PathBuf::from(name));
+        names.push(name.to_owned());
     }
     Content { seed: 1, len: BIG_SIZE }.write_to(&share.join(BIG))?;
-    Ok(files)
+    names.push(BIG.to_owned());
+    let mut sums = String::new();
+    for name in names {
+        sums += &format!("{}  {name}\n", sha256(&share.join(&name))?);
+    }
+    Ok(fs::write(share.join(SUMS), sums)?)
 }
 
 fn sha256(path: &Path) -> Result<String> {
@@ -135,5 +123,75 @@ fn sha256(path: &Path) -> Result<String> {
             0 => return Ok(hash.finish()),
             n => hash.update(&block[..n]),
         }
+    }
+}
+
+/// The command in the guest.
+fn guest() -> Result<bool> {
+    let mut tools = Tools(Agent::default());
+    let path = |name: &str| Path::new("/mnt").join(name);
+    println!("guest: Linux {}", fs::read_to_string("/proc/sys/kernel/osrelease")?.trim());
+    step("guest: mount -t virtiofs -o dax=inode source /mnt", || {
+        let (fstype, source, options) = ("virtiofs".into(), "source".into(), "dax=inode".into());
+        tools.perform::<()>(Op::Mount(Mount { fstype, source, target: "/mnt".into(), options }))
+    })?;
+    println!();
+    for name in ["README.md", "Cargo.toml", BIG] {
+        let stat = tools.stat(&path(name))?;
+        println!("       {name:<20} {:>10} bytes   DAX: {}", stat.size, if stat.dax { "yes" } else { "no" });
+    }
+    let sums = fs::read_to_string(path(SUMS))?;
+    let sums: Vec<_> = sums.lines().filter_map(|line| line.split_once("  ")).collect();
+    let (mut same, mut dax) = (0, 0);
+    step(&format!("guest: read(2) all {} files, compare SHA-256 with the host", sums.len()), || {
+        for (i, (sum, name)) in sums.iter().enumerate() {
+            dax += usize::from(tools.stat(&path(name))?.dax);
+            same += usize::from(tools.sha256(&path(name), Access::Read(128 << 10))? == *sum);
+            if i % 20 == 19 {
+                print!(".");
+                std::io::stdout().flush()?;
+            }
+        }
+        Ok(())
+    })?;
+    let mapped =
+        step("guest: read the large file again, through mmap", || tools.sha256(&path(BIG), Access::Mmap))?;
+    same += usize::from(sums.iter().any(|(sum, name)| *name == BIG && *sum == mapped));
+    step("guest: write through a shared mapping, fsync", || tools.rewrite(&path(BIG)))?;
+    step("guest: unmount", || tools.perform::<()>(Op::Umount("/mnt".into(), false)))?;
+    let checks = sums.len() + 1;
+    println!("\n{same} of {checks} checksums agree, {dax} of {} files are DAX.", sums.len());
+    Ok(same == checks && dax == sums.len())
+}
+
+/// What the guest tests' agent does over a console, done directly.
+struct Tools(Agent);
+
+impl Tools {
+    fn perform<T: DeserializeOwned>(&mut self, op: Op) -> Result<T> {
+        let reply = self.0.perform(op).map_err(|failure| failure.to_string())?;
+        Ok(serde_json::from_value(reply)?)
+    }
+
+    fn stat(&mut self, path: &Path) -> Result<Stat> {
+        self.perform(Op::Stat(path.into()))
+    }
+
+    fn sha256(&mut self, path: &Path, how: Access) -> Result<String> {
+        let request = Sha256 { path: path.into(), how, readers: 1 };
+        let digests: Vec<Digest> = self.perform(Op::Sha256(request))?;
+        Ok(digests.into_iter().map(|digest| digest.sha256).collect())
+    }
+
+    fn rewrite(&mut self, path: &Path) -> Result<()> {
+        let data = Data::Content(REWRITTEN);
+        self.perform(Op::Write(WriteFile {
+            path: path.into(),
+            offset: 0,
+            data,
+            mmap: true,
+            fsync: true,
+            writers: 2,
+        }))
     }
 }
