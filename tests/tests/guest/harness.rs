@@ -293,14 +293,16 @@ impl Boot {
     }
 }
 
-/// A test that needs a host with KVM and scratch directories.
+/// A test that needs a host with KVM and scratch directories. Those that take a quarter of an hour and more have a name with
+/// `/long/`, and run when they are asked for: `scripts/test long`.
 pub fn trial(
     name: String,
     places: &Result<Places, String>,
     run: impl FnOnce(&Places) -> Outcome + Send + 'static,
 ) -> Trial {
     let places = places.clone();
-    Trial::ignorable_test(name.clone(), move || match places {
+    let is_long = name.contains("/long/");
+    let trial = Trial::ignorable_test(name.clone(), move || match places {
         Err(why) => Ok(Completion::ignored_with(why)),
         Ok(places) => {
             let start = Instant::now();
@@ -308,7 +310,8 @@ pub fn trial(
             TIMES.lock().unwrap_or_else(PoisonError::into_inner).push((start.elapsed(), name));
             outcome.map(|()| Completion::Completed).map_err(|error| Failed::from(error.to_string()))
         }
-    })
+    });
+    trial.with_ignored_flag(is_long)
 }
 
 /// Where a check plays: a guest, and one file system that the host shares with it.
