@@ -9,7 +9,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use devices::virtio::fs::window::WindowCounters;
-use devices::virtio::fs::{FileSystemCounters, Latency};
+use devices::virtio::fs::{FileSystemCounters, Latency, ThrashCounters};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::text;
 use prometheus_client::encoding::{DescriptorEncoder, MetricEncoder, NoLabelSet};
@@ -94,6 +94,16 @@ const SHARE_COUNTERS: &[Entry<FileSystemCounters>] = &[
     ("fs_denied_mappings", "SETUPMAPPING requests for files that are not DAX", |s| s.denied_mappings),
 ];
 
+/// Whether the window does for the guest.
+const THRASH_GAUGES: &[Entry<ThrashCounters>] = &[
+    ("window_thrash_level", "How much DAX is held back because the window thrashes, from 0 to 5", |t| {
+        t.level.into()
+    }),
+    ("window_sufficient_bytes", "Size of a window that would not have thrashed; 0 if it never did", |t| {
+        t.sufficient_window
+    }),
+];
+
 /// What only grows, of shares with a window, from the accounts of its files.
 const FILE_COUNTERS: &[Entry<FileSystemCounters>] = &[
     ("window_churned_chunks", "Chunks that a file got within a second after another one had them", |s| {
@@ -101,6 +111,9 @@ const FILE_COUNTERS: &[Entry<FileSystemCounters>] = &[
     }),
     ("window_forgotten_files", "Files whose accounts were closed to make room for others", |s| {
         s.files.as_ref().map_or(0, |files| files.forgotten_files)
+    }),
+    ("window_refaulted_chunks", "Chunks mapped again after they were taken away for want of room", |s| {
+        s.thrash.map_or(0, |thrash| thrash.refaulted_chunks)
     }),
 ];
 
@@ -133,6 +146,11 @@ impl Exposition {
         let with_window = || self.0.shares.iter().filter_map(|share| Some((share, share.window.as_ref()?)));
         for (name, help, value) in WINDOW_GAUGES {
             let samples = with_window().map(|(share, window)| (labels(share), value(window) as f64));
+            gauges(out, name, help, None, samples.collect())?;
+        }
+        for (name, help, value) in THRASH_GAUGES {
+            let samples = with_window()
+                .map(|(share, _)| (labels(share), value(&share.thrash.unwrap_or_default()) as f64));
             gauges(out, name, help, None, samples.collect())?;
         }
         for (name, help, value) in WINDOW_COUNTERS {
@@ -375,6 +393,7 @@ mod tests {
             }],
             setup_latency: Latency { count: 4, sum_ns: 2_000_000_000, buckets },
             files: Some(FileTable { churned_chunks: 6, ..FileTable::default() }),
+            thrash: Some(ThrashCounters { level: 3, refaulted_chunks: 11, ..ThrashCounters::default() }),
             ..FileSystemCounters::default()
         };
         let plain = FileSystemCounters { tag: "plain".into(), ..FileSystemCounters::default() };
@@ -421,6 +440,8 @@ mod tests {
         assert_eq!(value(&format!("daxvm_window_mapped_chunks{{{share}}}")), 7.0);
         assert_eq!(value(&format!("daxvm_window_setup_mappings_total{{{share}}}")), 9.0);
         assert_eq!(value(&format!("daxvm_window_churned_chunks_total{{{share}}}")), 6.0);
+        assert_eq!(value(&format!("daxvm_window_refaulted_chunks_total{{{share}}}")), 11.0);
+        assert_eq!(value(&format!("daxvm_window_thrash_level{{{share}}}")), 3.0);
         assert_eq!(value(r#"daxvm_fs_dax_granted_total{share="plain"}"#), 0.0);
         assert_eq!(value(&format!("daxvm_fs_requests_total{{{share},operation=\"OPEN\"}}")), 3.0);
         let decided =

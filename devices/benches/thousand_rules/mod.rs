@@ -54,7 +54,7 @@ pub fn files() -> Vec<FileFacts<'static>> {
         size: [0, 5000, 40 << 10, 1 << 20, 3 << 20, 8 << 20, 1 << 30, 4095 << 10][n],
         uid: n as u32 * 100,
         age: Duration::from_secs(n as u64 * 500),
-        window: WindowFacts { chunks: 128, mapped: 40 + n as u64 * 8, promised: n as u64 * 10 },
+        window: WindowFacts { chunks: 128, mapped: 40 + n as u64 * 8, promised: n as u64 * 10, thrash: 0 },
         path,
         ..FileFacts::default()
     });

@@ -36,6 +36,7 @@ const COMMANDS: &str = r#"
 name = "true"
 run = ["true"]
 cpus = [1, 2]
+cmdline = "loglevel=7"
 
 [[command]]
 name = "three"
@@ -46,6 +47,7 @@ expect = 3
 name = "one"
 kernels = "6.12"
 run = "echo to stdout; echo to stderr >&2; exit 1"
+cmdline = "loglevel=7"
 
 [[command]]
 name = "panics"

@@ -11,6 +11,7 @@ use super::accounts::{Accounts, FileTable};
 use super::decisions::{DecisionCount, DecisionCounts};
 use super::latency::{Histogram, Latency};
 use super::policy::Policy;
+use super::thrash::{Thrash, ThrashCounters};
 use super::window::{DaxWindow, WindowCounters};
 
 /// The counters of one share at one moment; all count from the device's creation on.
@@ -45,6 +46,8 @@ pub struct FileSystemCounters {
     pub remove_latency: Latency,
     /// The files that had most of the window; absent if the share has none.
     pub files: Option<FileTable>,
+    /// Whether the window does for the guest; absent if the share has none.
+    pub thrash: Option<ThrashCounters>,
 }
 
 /// Files that are named in reports, for each share.
@@ -64,6 +67,8 @@ pub(super) struct Counts {
     pub(super) remove_latency: Histogram,
     /// None without a window.
     pub(super) accounts: Option<Accounts>,
+    /// None without a window.
+    pub(super) thrash: Option<Thrash>,
 }
 
 impl Counts {
@@ -81,6 +86,7 @@ impl Counts {
             setup_latency: Histogram::new(),
             remove_latency: Histogram::new(),
             accounts: (window_size > 0).then(|| Accounts::new(window_size)),
+            thrash: (window_size > 0).then(|| Thrash::new(window_size)),
         }
     }
 
@@ -159,6 +165,7 @@ impl CountersHandle {
             setup_latency: self.counts.setup_latency.snapshot(),
             remove_latency: self.counts.remove_latency.snapshot(),
             files: self.counts.accounts.as_ref().map(|accounts| accounts.files(REPORTED_FILES)),
+            thrash: self.counts.thrash.as_ref().map(Thrash::counters),
         }
     }
 }

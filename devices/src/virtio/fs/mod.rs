@@ -21,6 +21,7 @@ mod server;
 mod testing;
 #[cfg(test)]
 mod tests;
+mod thrash;
 pub mod window;
 
 pub use self::accounts::{CHURN_TIME, FileCounters, FileTable, MAX_FILES};
@@ -31,3 +32,4 @@ pub use self::device::{
     FileSystemConfig, FileSystemDevice, FileSystemError, MAX_REQUEST_QUEUES, TagError, check_tag,
 };
 pub use self::latency::{Latency, LatencyBucket};
+pub use self::thrash::ThrashCounters;

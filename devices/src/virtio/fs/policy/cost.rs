@@ -42,10 +42,29 @@ impl Cost {
     }
 }
 
+/// The level of thrashing at which no file is worth its chunks.
+pub const MAX_THRASH_LEVEL: u8 = 5;
+
 impl WindowFacts {
+    /// Whether a file of `size` bytes is worth its chunks while the window thrashes. The first to go are those that profit
+    /// least from each chunk: small files, by how much of it they fill. Then those go that alone take all chunks. One that
+    /// is DAX is a level behind, so that not everything changes at once.
+    pub(super) fn is_worth(&self, size: u64, was_dax: bool) -> bool {
+        let chunks = Cost::of(size).chunks;
+        let fills = |part: u64| size >= chunks * (CHUNK_SIZE / part);
+        match self.thrash.saturating_sub(u8::from(was_dax && self.thrash < MAX_THRASH_LEVEL)) {
+            0 => true,
+            1 => fills(8),
+            2 => fills(2),
+            3 => size >= CHUNK_SIZE,
+            4 => size >= CHUNK_SIZE && chunks <= self.usable(),
+            _ => false,
+        }
+    }
+
     /// An idle window of `bytes` bytes; what is less than a chunk is left out.
     pub fn idle(bytes: u64) -> WindowFacts {
-        WindowFacts { chunks: bytes / CHUNK_SIZE, mapped: 0, promised: 0 }
+        WindowFacts { chunks: bytes / CHUNK_SIZE, ..WindowFacts::default() }
     }
 
     /// The chunks that files can fill before the guest begins to take chunks from one to give them to another: it

@@ -40,6 +40,8 @@ pub struct WindowFacts {
     pub mapped: u64,
     /// What the files need that the guest has open as DAX, the one in question left out.
     pub promised: u64,
+    /// How much DAX is held back because the window thrashes, from 0 to [`MAX_THRASH_LEVEL`](super::MAX_THRASH_LEVEL).
+    pub thrash: u8,
 }
 
 /// The facts that a policy asks for because they cost system calls.

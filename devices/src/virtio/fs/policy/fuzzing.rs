@@ -71,7 +71,12 @@ fn check_decisions(policy: &Policy, bytes: &mut Bytes<'_>) {
         let xattrs = vec![Some(vec![bytes.next()]); policy.needs().xattrs.len()];
         let kinds = [libc::S_IFREG, libc::S_IFREG, libc::S_IFREG, libc::S_IFDIR];
         let mode = kinds[usize::from(bytes.next() % 4)] | bytes.number() as u32 & 0o7777;
-        let window = WindowFacts { chunks: bytes.number(), mapped: bytes.number(), promised: bytes.number() };
+        let window = WindowFacts {
+            chunks: bytes.number(),
+            mapped: bytes.number(),
+            promised: bytes.number(),
+            thrash: bytes.number() as u8 % (super::MAX_THRASH_LEVEL + 1),
+        };
         let facts = FileFacts {
             mode,
             size: bytes.number(),

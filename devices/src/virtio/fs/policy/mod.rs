@@ -16,7 +16,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
-pub use self::cost::{BREAK_EVEN, CHUNK_COST, Cost};
+pub use self::cost::{BREAK_EVEN, CHUNK_COST, Cost, MAX_THRASH_LEVEL};
 use self::cost::{FREE_BAND, size_before_shrinking};
 pub use self::facts::{FileFacts, Needs, WindowFacts};
 pub use self::reason::{DecidedBy, Decision, Explanation, Fact, Reason};
@@ -33,10 +33,10 @@ pub enum Policy {
     Always,
     /// The files whose persistent flag (FS_XFLAG_DAX) is set are.
     Inode,
-    /// The files of at least so many bytes are.
+    /// The files of at least so many bytes are, but for some while the window thrashes.
     Size(u64),
     /// The files are whose page descriptors cost the guest less memory than their page cache would, that have no
-    /// capabilities, and for which the window has room.
+    /// capabilities, and for which the window has room; fewer while it thrashes.
     Auto,
     /// A rule file decides.
     Rules(Arc<Rules>),
@@ -87,7 +87,10 @@ impl Policy {
             Policy::Inode => (facts.hint, Fact::Hint, false),
             Policy::Size(bytes) => {
                 let (dax, kept) = at_least(&|size| size >= *bytes);
-                (dax, Fact::Size, kept)
+                match dax && !facts.window.is_worth(facts.size, was_dax) {
+                    true => (false, Fact::Thrash, false),
+                    false => (dax, Fact::Size, kept),
+                }
             }
             Policy::Auto if facts.capabilities => (false, Fact::Capabilities, false),
             Policy::Auto => {
@@ -95,6 +98,7 @@ impl Policy {
                 let chunks = facts.window.promised.saturating_add(Cost::of(facts.size).chunks);
                 match chunks {
                     _ if !pays => (false, Fact::Cost, false),
+                    _ if !facts.window.is_worth(facts.size, was_dax) => (false, Fact::Thrash, false),
                     _ if chunks <= facts.window.usable() => (true, Fact::Cost, kept),
                     // Files that grow make the promises exceed what is usable. To take all of them back at once would
                     // help nobody; so they hold for as long as the window could carry them at all.

@@ -56,11 +56,13 @@ pub enum Fact {
     Cost,
     /// What the window has room for.
     Window,
+    /// What profits least has to wait while the window thrashes.
+    Thrash,
 }
 
 impl Fact {
     /// All of them, in the order of their declaration.
-    pub const ALL: [Fact; 8] = [
+    pub const ALL: [Fact; 9] = [
         Fact::NotRegular,
         Fact::SetId,
         Fact::Capabilities,
@@ -69,10 +71,11 @@ impl Fact {
         Fact::Size,
         Fact::Cost,
         Fact::Window,
+        Fact::Thrash,
     ];
 
     /// One word for counters: `not-regular`, `set-id`, `capabilities`, `all` (the rule treats all files alike), `hint`,
-    /// `size`, `cost`, `window`.
+    /// `size`, `cost`, `window`, `thrash`.
     pub fn name(self) -> &'static str {
         match self {
             Fact::NotRegular => "not-regular",
@@ -83,6 +86,7 @@ impl Fact {
             Fact::Size => "size",
             Fact::Cost => "cost",
             Fact::Window => "window",
+            Fact::Thrash => "thrash",
         }
     }
 }
@@ -135,6 +139,9 @@ impl fmt::Display for Explanation<'_> {
                 if window.promised > 0 {
                     write!(f, ", {} of which are promised", window.promised)?;
                 }
+            }
+            Fact::Thrash => {
+                write!(f, "the window thrashes at level {}, others profit more", window.thrash)?;
             }
         }
         if reason.kept {

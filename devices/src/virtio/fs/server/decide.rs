@@ -207,6 +207,7 @@ impl Server {
                 chunks: window.map_or(0, |window| window.size() / CHUNK_SIZE),
                 mapped: window.map_or(0, |window| window.mapped_chunks()),
                 promised: self.dax.inodes.promised(),
+                thrash: self.counts.thrash.as_ref().map_or(0, |thrash| thrash.level(Instant::now())),
             },
             ..FileFacts::from(stat)
         }

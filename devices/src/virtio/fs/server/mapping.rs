@@ -15,8 +15,10 @@ use fuse_backend_rs::transport::FsCacheReqHandler;
 use super::Server;
 use super::decide::CAPABILITIES;
 use super::message::{Reply, Request, errno};
+use crate::text::exact_size;
 use crate::virtio::fs::accounts::Mapped;
 use crate::virtio::fs::policy::{is_set_id, without_set_id};
+use crate::virtio::fs::thrash::TooSmall;
 use crate::virtio::fs::window::{CHUNK_SHIFT, DaxWindow, WindowError};
 
 /// SETUPMAPPING flags for the library, which opens the file accordingly.
@@ -64,11 +66,28 @@ impl Server {
             result = map(false);
         }
         result.map_err(no_retry)?;
-        if let Some(accounts) = &self.counts.accounts {
-            let mapped = Mapped { chunks: chunks(ask.moffset, ask.len), writable };
-            accounts.mapped(nodeid, mapped, Instant::now(), || self.path(nodeid));
-        }
+        self.note_mapped(nodeid, &ask, writable);
         reply.empty()
+    }
+
+    fn note_mapped(&self, nodeid: u64, ask: &SetupmappingIn, writable: bool) {
+        let (chunks, now) = (chunks(ask.moffset, ask.len), Instant::now());
+        let too_small = self
+            .counts
+            .thrash
+            .as_ref()
+            .and_then(|thrash| thrash.mapped(nodeid, ask.foffset, chunks.clone(), now));
+        if let Some(accounts) = &self.counts.accounts {
+            accounts.mapped(nodeid, Mapped { chunks, writable }, now, || self.path(nodeid));
+        }
+        if let Some(TooSmall { sufficient, refaults, of }) = too_small {
+            let (share, size) = (&*self.tag, exact_size(sufficient));
+            tracing::warn!(
+                share,
+                "the window is too small for what the guest does: of the last {of} chunks that it mapped, it had mapped \
+                 {refaults} before and lost them for want of room. `window={size}` would do, as would fewer DAX files"
+            );
+        }
     }
 
     /// Unmaps what the client lists: a count of 4 bytes and, without padding, as many entries. The client reuses the
@@ -82,15 +101,26 @@ impl Server {
         let mut result = Ok(());
         for _ in 0..count {
             let RemovemappingOne { moffset, len } = request.arg()?;
+            let mapped = window.mapped_chunks();
             // One bad entry does not keep the others mapped.
             let unmapped = window.unmap(moffset, len).map_err(refuse);
-            if let (Ok(()), Some(accounts)) = (&unmapped, &self.counts.accounts) {
-                accounts.unmapped(chunks(moffset, len), Instant::now());
+            if unmapped.is_ok() {
+                self.note_unmapped(chunks(moffset, len), mapped);
             }
             result = result.and(unmapped);
         }
         result.map_err(no_retry)?;
         reply.empty()
+    }
+
+    /// Of `mapped` chunks that the window had mapped, some show nothing any more.
+    fn note_unmapped(&self, chunks: Range<usize>, mapped: u64) {
+        if let Some(thrash) = &self.counts.thrash {
+            thrash.unmapped(chunks.clone(), mapped);
+        }
+        if let Some(accounts) = &self.counts.accounts {
+            accounts.unmapped(chunks, Instant::now());
+        }
     }
 
     /// Takes from a file what a write must take: the set-id bits and the capabilities. The client leaves that to the

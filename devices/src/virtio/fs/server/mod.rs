@@ -226,6 +226,9 @@ impl Server {
         if let Some(accounts) = &self.counts.accounts {
             accounts.cleared();
         }
+        if let Some(thrash) = &self.counts.thrash {
+            thrash.cleared();
+        }
         self.directories.clear();
         self.fs.destroy();
     }

@@ -14,7 +14,7 @@ use vm_memory::mmap::MmapRegion;
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use crate::virtio::device::VirtioDevice;
-use crate::virtio::fs::abi::{init, opcode};
+use crate::virtio::fs::abi::{ATTR_DAX, init, opcode};
 use crate::virtio::fs::policy::Policy;
 use crate::virtio::fs::testing::{FakeGuest, PER_FILE, READ, ROOT, WRITE, descriptors_into};
 use crate::virtio::fs::window::{CHUNK_SIZE, MIN_WINDOW_SIZE};
@@ -410,6 +410,40 @@ fn each_file_has_an_account_of_its_chunks() {
     guest.destroy().unwrap();
     assert!(handle.chunk_owners().iter().all(|owner| *owner == 0));
     assert_eq!(handle.files(1).files[0].setup_mappings, 3);
+}
+
+/// A window of 16 chunks whose guest reads 32 files of a chunk by turns, until they are let go as DAX.
+#[test]
+fn a_window_that_thrashes_is_left_to_those_who_profit() {
+    let mut guest = FakeGuest::mounted(Policy::Size(1));
+    let nodes: Vec<_> = (0..32)
+        .map(|n| {
+            let name = format!("file {n}");
+            guest.host_file(&name, 1);
+            guest.lookup(ROOT, &name).unwrap().nodeid
+        })
+        .collect();
+    std::fs::write(guest.path("small"), [0; 1000]).unwrap();
+    let chunks = guest.counters().window.unwrap().size / CHUNK_SIZE;
+    for (n, node) in nodes.iter().chain(&nodes).chain(&nodes).chain(&nodes).enumerate() {
+        let at = n as u64 % chunks * CHUNK_SIZE;
+        if n as u64 >= chunks {
+            guest.removemapping(1, &[(at, CHUNK_SIZE)]).unwrap();
+        }
+        guest.setupmapping(*node, 0, at, READ).unwrap();
+    }
+    let thrash = guest.counters().thrash.unwrap();
+    assert_eq!((thrash.level, thrash.peak_level, thrash.refaulted_chunks), (1, 1, 96));
+    assert_eq!(thrash.sufficient_window, 40 * CHUNK_SIZE, "32 chunks, and a fifth that is free");
+    let small = guest.lookup(ROOT, "small").unwrap();
+    assert_eq!(small.attr.flags & ATTR_DAX, 0, "it would fill too little of its chunk");
+    guest.host_file("large", 1);
+    assert_eq!(guest.lookup(ROOT, "large").unwrap().attr.flags & ATTR_DAX, ATTR_DAX);
+    let decided = guest.counters().decisions;
+    assert!(decided.iter().any(|by| by.reason == "thrash" && !by.dax && by.count == 1), "{decided:?}");
+
+    guest.destroy().unwrap();
+    assert_eq!(guest.counters().thrash.unwrap().level, 0, "another session may do other things");
 }
 
 #[test]

@@ -108,7 +108,7 @@ fn the_guest_keeps_a_fifth_of_the_window_free() {
     for (chunks, usable) in [(0, 0), (1, 0), (4, 3), (5, 4), (9, 8), (10, 8), (16, 13), (64, 52), (100, 80)] {
         assert_eq!(WindowFacts { chunks, ..WindowFacts::default() }.usable(), usable, "{chunks}");
     }
-    let free = |chunks, mapped| WindowFacts { chunks, mapped, promised: 0 }.free_percent();
+    let free = |chunks, mapped| WindowFacts { chunks, mapped, ..WindowFacts::default() }.free_percent();
     assert_eq!([free(0, 0), free(64, 0), free(64, 63), free(64, 64), free(64, 99)], [0, 100, 1, 0, 0]);
     assert_eq!(free(u64::MAX, 1), 99);
     assert_eq!(WindowFacts::idle(5 * MIB).chunks, 2);
@@ -132,6 +132,39 @@ fn auto_stays_within_the_windows_budget() {
     }
     let none = FileFacts { window: WindowFacts::default(), ..file() };
     assert_eq!(fact(&Policy::Auto, &none), (false, Fact::Window));
+}
+
+#[test]
+fn what_profits_least_waits_while_the_window_thrashes() {
+    let sizes = [200 * KIB, 300 * KIB, MIB, 2 * MIB - 1, 2 * MIB, 2 * MIB + 1, 104 * MIB, 104 * MIB + 1];
+    for (thrash, granted) in [
+        (0, [true; 8]),
+        (1, [false, true, true, true, true, true, true, true]),
+        (2, [false, false, true, true, true, true, true, true]),
+        (3, [false, false, false, false, true, true, true, true]),
+        (4, [false, false, false, false, true, true, true, false]),
+        (MAX_THRASH_LEVEL, [false; 8]),
+    ] {
+        for (size, granted) in sizes.into_iter().zip(granted) {
+            let facts = |thrash| FileFacts { window: WindowFacts { thrash, ..file().window }, ..sized(size) };
+            let by = if granted { Fact::Size } else { Fact::Thrash };
+            assert_eq!(fact(&Policy::Size(4096), &facts(thrash)), (granted, by), "{size} {thrash}");
+            // What is DAX already goes one level later, but at the last.
+            if thrash + 1 < MAX_THRASH_LEVEL {
+                let kept = Policy::Size(4096).decide(&facts(thrash + 1), Some(true)).dax;
+                assert_eq!(kept, granted, "{size} {thrash}");
+            }
+            // Who asks for DAX by name gets it.
+            assert!(dax(&Policy::Always, &facts(thrash)), "{size} {thrash}");
+            assert!(dax(&Policy::Inode, &FileFacts { hint: true, ..facts(thrash) }));
+        }
+        let small = FileFacts { window: WindowFacts { thrash, ..file().window }, ..sized(200 * KIB) };
+        let by = if thrash == 0 { Fact::Cost } else { Fact::Thrash };
+        assert_eq!(fact(&Policy::Auto, &small), (thrash == 0, by));
+    }
+    let gone = Policy::Auto
+        .decide(&FileFacts { window: WindowFacts { thrash: 5, ..file().window }, ..file() }, Some(true));
+    assert_eq!((gone.dax, gone.reason.fact), (false, Fact::Thrash));
 }
 
 #[test]

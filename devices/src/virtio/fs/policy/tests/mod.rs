@@ -10,7 +10,7 @@ fn file() -> FileFacts<'static> {
     FileFacts {
         mode: libc::S_IFREG | 0o644,
         size: 1 << 20,
-        window: WindowFacts { chunks: 64, mapped: 0, promised: 0 },
+        window: WindowFacts { chunks: 64, ..WindowFacts::default() },
         path: b"dir/file.txt",
         ..FileFacts::default()
     }

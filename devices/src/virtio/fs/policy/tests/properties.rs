@@ -77,7 +77,7 @@ fn any_facts() -> impl Strategy<Value = FileFacts<'static>> {
             mode: libc::S_IFREG | if executable { 0o755 } else { 0o644 },
             uid,
             path: PATHS[path].as_bytes(),
-            window: WindowFacts { chunks: 100, mapped, promised: 0 },
+            window: WindowFacts { chunks: 100, mapped, promised: 0, thrash: 0 },
             ..sized(size)
         },
     )

@@ -126,7 +126,7 @@ fn set_id_files_need_a_rule_that_speaks_of_them() {
 fn ages_and_the_windows_pressure() {
     let aged = |secs| FileFacts { age: Duration::from_secs(secs), ..file() };
     let free = |free: u64| FileFacts {
-        window: WindowFacts { chunks: 100, mapped: 100 - free, promised: 0 },
+        window: WindowFacts { chunks: 100, mapped: 100 - free, ..WindowFacts::default() },
         ..file()
     };
     for (condition, facts, met) in [
@@ -238,7 +238,7 @@ fn a_policy_that_grants_nothing_needs_no_window() {
 fn pressure_is_crossed_five_points_beyond_its_threshold() {
     let policy = rules("default = \"deny\"\n[[rule]]\nwindow_free.min = 30\ndax = \"allow\"");
     let free = |free: u64| FileFacts {
-        window: WindowFacts { chunks: 100, mapped: 100 - free, promised: 0 },
+        window: WindowFacts { chunks: 100, mapped: 100 - free, ..WindowFacts::default() },
         ..file()
     };
     let decide = |percent, current| policy.decide(&free(percent), Some(current)).dax;
@@ -298,7 +298,7 @@ fn the_policies_that_come_with_daxvm_do_what_they_say() {
     };
     let old = Duration::from_secs(90_000);
     let of = |path: &'static str, size| FileFacts { path: path.as_bytes(), age: old, ..sized(size) };
-    let full = WindowFacts { chunks: 64, mapped: 60, promised: 0 };
+    let full = WindowFacts { chunks: 64, mapped: 60, ..WindowFacts::default() };
     let hot = [Some(b"hot".to_vec())];
     for (name, facts, dax, rule) in [
         ("test-guest.toml", of("usr/lib/libc.so.6", 2 << 20), true, Some("programs")),
