@@ -6,9 +6,12 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use rustix::mount::mount_bind;
+
 use super::BenchError;
 use super::peers::{Qemu, cache, copy};
 use super::runner::MEMORY;
+use crate::lab::private_mounts;
 use crate::vm::scratch;
 
 /// Parts of Python's library that virtme-ng has no use for, and that are large.
@@ -52,7 +55,9 @@ impl VirtmeNg {
     /// It has not been fetched, there is no Python, or files cannot be copied.
     pub(super) fn find(qemu: &Qemu, kernel: &Path) -> Result<VirtmeNg, BenchError> {
         let source = cache().join("virtme-ng");
-        let root = scratch().join("bench-virtme-ng");
+        let files = outside_run()?;
+        let root = files.join("bench-virtme-ng");
+        let kernel = kernel.strip_prefix(scratch()).map_or(kernel.to_owned(), |kernel| files.join(kernel));
         let options: Vec<_> = qemu.firmware().map(|path| format!("-L {}", path.display())).collect();
         let virtme_ng = VirtmeNg {
             busybox: source.join("bin/busybox"),
@@ -129,6 +134,15 @@ impl VirtmeNg {
         fs::write(&path, format!("#!{}\n{text}", interpreter.display())).map_err(at(&path))?;
         fs::set_permissions(&path, PermissionsExt::from_mode(0o755)).map_err(at(&path))
     }
+}
+
+/// The scratch directory under another name. The guest's root is the host's, but for `/run`, where it mounts a file system of
+/// its own, and virtme-ng's init lies among these files.
+fn outside_run() -> Result<PathBuf, BenchError> {
+    const ELSEWHERE: &str = "/mnt";
+    let bound = private_mounts().and_then(|()| Ok(mount_bind(scratch(), ELSEWHERE)?));
+    bound.map_err(|source| BenchError::System("show the scratch directory in /mnt", source))?;
+    Ok(ELSEWHERE.into())
 }
 
 fn at(path: &Path) -> impl FnOnce(std::io::Error) -> BenchError {

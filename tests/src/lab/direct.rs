@@ -81,10 +81,10 @@ fn scratch(paths: &Paths) -> Vec<(&'static str, PathBuf)> {
     env
 }
 
-/// Gives this process a mount namespace. What the machine mounts later still appears in it.
-fn private_mounts() -> io::Result<()> {
-    // SAFETY: only the mount namespace is unshared, and that before this process has a second thread: no descriptor table
-    // or memory stops being shared with anybody.
+/// Gives this thread, and what it starts, a mount namespace. What the machine mounts later still appears in it.
+pub fn private_mounts() -> io::Result<()> {
+    // SAFETY: only the mount namespace is unshared, and with it the working directory: no descriptor table or memory stops
+    // being shared with anybody.
     unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS)? };
     Ok(mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC)?)
 }

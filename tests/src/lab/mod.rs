@@ -46,6 +46,8 @@ use paths::Paths;
 use protocol::{Frame, Host, Job, Kind};
 use session::Session;
 
+pub(crate) use direct::private_mounts;
+
 /// Why the lab could not do something.
 #[derive(Debug, Error)]
 pub enum LabError {
