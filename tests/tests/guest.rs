@@ -36,6 +36,8 @@ mod per_file_room;
 mod per_file_table;
 #[path = "guest/pressure.rs"]
 mod pressure;
+#[path = "guest/room.rs"]
+mod room;
 #[path = "guest/runner.rs"]
 mod runner;
 #[path = "guest/runner_ends.rs"]
@@ -113,6 +115,7 @@ fn trials(places: &Result<Places, String>) -> Vec<Trial> {
     for kernel in KERNELS {
         machine::trials(places, kernel, &mut trials);
         host_changes::trials(places, kernel, &mut trials);
+        room::trials(places, kernel, &mut trials);
     }
     for kernel in RUNNER_KERNELS {
         runner::trials(places, kernel, &mut trials);

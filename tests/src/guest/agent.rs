@@ -6,7 +6,7 @@ use std::io::{self, BufRead};
 
 use serde::Serialize;
 
-use super::ops::{Mapping, changing, files, maps, per_file, read, small, system, write};
+use super::ops::{Mapping, changing, contest, files, maps, per_file, read, small, system, write};
 use super::wire::{Line, read_line};
 use super::{End, Failure, Op, Reply};
 
@@ -74,6 +74,7 @@ impl Agent {
             Op::ReadBytes(path, offset, len) => done(read::read_bytes(&path, offset, len)),
             Op::Write(request) => done(write::write(&request)),
             Op::Changing(ask) => done(changing::changing(&ask)),
+            Op::Contest(ask) => done(contest::contest(&ask)),
             Op::Open(path, how) => done(files::open(&path, how).map(|file| self.keep_file(file))),
             Op::ReadAt(id, offset, len) => done(read::read_at(self.file(id)?, offset, len)),
             Op::WriteAt(id, offset, bytes) => done(write::write_at(self.file(id)?, offset, &bytes.0)),

@@ -5,6 +5,7 @@
 
 mod agent;
 mod changing;
+mod contest;
 pub mod data;
 mod init;
 mod name;
@@ -15,6 +16,7 @@ mod wire;
 
 pub use agent::Agent;
 pub use changing::{Changing, Met};
+pub use contest::{Contest, Crowd, Fared, ReadOrder};
 pub use init::init;
 pub use name::{Bytes, GuestPath};
 pub use per_file::*;

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
 use libtest_mimic::Trial;
+use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
 use tests::guest::data::Content;
 use tests::guest::{Changing, DirectRead, Met, Op};
@@ -29,6 +30,7 @@ pub fn trials(places: &Result<Places, String>, kernel: &'static str, trials: &mu
     let checks: &[(&str, HostCheck)] = &[
         ("mapped-files-shrink-and-grow", shrink_and_grow),
         ("truncations-under-readers-and-writers", truncations),
+        ("holes-are-punched", punched),
         ("files-go-while-they-are-mapped", gone),
     ];
     for cpus in [1, 4] {
@@ -161,6 +163,44 @@ fn shrink_and_grow(kernel: &Kernel, cpus: u32, dir: &Path) -> Outcome {
     );
     let path = host.to_str().ok_or("a path that is no text")?;
     ensure!(ended.console.contains(path), "the message does not name {path}");
+    Ok(())
+}
+
+/// A hole is no loss: the guest reads zeros, as everybody does, and fills it by writing.
+fn punched(kernel: &Kernel, cpus: u32, dir: &Path) -> Outcome {
+    let content = Content { seed: 73, len: 8 << 20 };
+    let host = dir.join("file");
+    content.write_to(&host)?;
+    let mut vm = boot(kernel, cpus, dir)?;
+    let map = vm.map("/mnt/file", 0, content.len as usize, true)?;
+    ensure_eq!(vm.call::<Option<u64>>(&Op::MapVerify(map, content.seed))?, None, "before");
+    let file = File::options().read(true).write(true).open(&host)?;
+    let (start, len) = (3 << 20, 2 << 20);
+    fallocate(&file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, start, len)?;
+    ensure_eq!(
+        vm.call::<Option<u64>>(&Op::MapVerify(map, content.seed))?,
+        Some(start),
+        "the hole's first byte"
+    );
+    for inside in [start, start + len - 16] {
+        ensure_eq!(block(&mut vm, map, inside)?, vec![0; 16], "in the hole");
+    }
+    for outside in [start - 16, start + len] {
+        ensure_eq!(block(&mut vm, map, outside)?, expected(content, outside), "beside the hole");
+    }
+    vm.map_write(map, start + 4096, b"filled")?;
+    let read = DirectRead { path: "/mnt/file".into(), offset: 0, len: 1 << 20, map, at: start + (1 << 20) };
+    ensure_eq!(vm.call::<usize>(&Op::DirectReadIntoMap(read))?, 1 << 20, "O_DIRECT into the hole");
+    vm.run(Op::MapSync(map))?;
+    let mut found = [0; 6];
+    file.read_exact_at(&mut found, start + 4096)?;
+    ensure_eq!(&found, b"filled", "on the host");
+    let mut found = vec![0; 1 << 20];
+    file.read_exact_at(&mut found, start + (1 << 20))?;
+    ensure_eq!(tests::guest::data::first_difference(content.seed, 0, &found), None, "what O_DIRECT brought");
+    vm.run(Op::Unmap(map))?;
+    let (counts, _) = finish(vm)?;
+    ensure_eq!((counts.lost_files, counts.lost_pages), (0, 0), "no page was lost");
     Ok(())
 }
 

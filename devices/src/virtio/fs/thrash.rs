@@ -101,7 +101,8 @@ struct Period {
     began: Option<Instant>,
     mappings: u32,
     refaults: u32,
-    longest_distance: u64,
+    /// The sum of the refaults' distances.
+    distances: u64,
 }
 
 impl Thrash {
@@ -161,7 +162,7 @@ impl Thrash {
             period.mappings += 1;
             if let Some(distance) = distance {
                 period.refaults += 1;
-                period.longest_distance = period.longest_distance.max(distance);
+                period.distances += distance;
                 self.refaults.fetch_add(1, Relaxed);
             }
         }
@@ -243,8 +244,9 @@ impl Thrash {
             self.level.store(level + 1, Relaxed);
             self.peak.fetch_max(level + 1, Relaxed);
         }
-        // What is mapped at once must leave the fifth free at which the guest begins to take chunks away.
-        let needed = self.chunks + period.longest_distance;
+        // Of what is touched in any order, the mean distance is what there was no room for. What is mapped at once must also
+        // leave the fifth free at which the guest begins to take chunks away.
+        let needed = self.chunks + period.distances.div_ceil(period.refaults.max(1).into());
         let sufficient = (needed + needed.div_ceil(4)) * CHUNK_SIZE;
         let sufficient = self.sufficient.fetch_max(sufficient, Relaxed).max(sufficient);
         if sufficient < 2 * books.told || books.told >= sufficient {

@@ -1,6 +1,7 @@
 //! The operations, by what they touch.
 
 pub(super) mod changing;
+pub(super) mod contest;
 pub(super) mod files;
 pub(super) mod maps;
 pub(super) mod per_file;
