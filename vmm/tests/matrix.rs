@@ -444,6 +444,14 @@ fn the_command_line_lists_and_refuses() {
     refused(&["m.toml"], "The kernel `k` of the matrix is not at ");
     fs::write(place.path("bad.toml"), "version = 1\ncomand = 1\n").unwrap();
     refused(&["bad.toml"], "bad.toml:2:1: unknown key `comand`; did you mean `command`?");
+    let odd = Place::new(&(command("odd", "\"true\"") + "share = \"tag=t,path=.,window=3M\"\n"));
+    let (_, err, status) = daxvm(odd.directory.path(), &["m.toml", "--list"]);
+    assert_eq!(status, 125);
+    assert!(
+        err.contains("The case k/odd: invalid value 'tag=t,path=.,window=3M'")
+            && err.contains("use 32M or more"),
+        "{err}"
+    );
     let filter = Filter::new(vec!["k/boot".into()]);
     assert_eq!(filter.select(&Matrix::load(&place.path("m.toml")).unwrap().cases).unwrap().len(), 1);
 }

@@ -3,6 +3,7 @@
 use std::error::Error;
 use std::fs::File;
 use std::io::{BufWriter, IsTerminal, Write, stderr, stdout};
+use std::iter;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
@@ -59,6 +60,7 @@ impl TestArgs {
     /// Runs the matrix; returns the exit status.
     pub(super) fn execute(self) -> Result<u8, Box<dyn Error>> {
         let matrix = Matrix::load(&self.file)?;
+        check(&matrix)?;
         let filter = Filter::new(self.filters);
         if self.list {
             let mut out = stdout().lock();
@@ -97,6 +99,20 @@ impl TestArgs {
         }
         Ok(summary.status())
     }
+}
+
+/// A case that `daxvm run` would not take is a mistake in the file, and no test that fails in the end.
+fn check(matrix: &Matrix) -> Result<(), MatrixError> {
+    let command = super::command();
+    for case in &matrix.cases {
+        let words = iter::once("daxvm".into()).chain(case.arguments());
+        if let Err(error) = command.clone().try_get_matches_from(words) {
+            let text = error.to_string();
+            let why = text.lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned();
+            return Err(MatrixError::Case { case: case.name.clone(), why });
+        }
+    }
+    Ok(())
 }
 
 struct Output<'p> {

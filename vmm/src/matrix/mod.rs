@@ -47,6 +47,14 @@ pub enum MatrixError {
         /// What is wrong with it.
         why: String,
     },
+    /// A case with options that `daxvm run` does not take.
+    #[error("The case {case}: {why}")]
+    Case {
+        /// The case's name.
+        case: String,
+        /// What is wrong with them.
+        why: String,
+    },
     /// A filter that leaves nothing to run.
     #[error("--filter {pattern} matches no case; {}", suggestion(near.as_deref()))]
     NoCase {
