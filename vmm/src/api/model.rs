@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use devices::virtio::fs::window::WindowCounters;
-use devices::virtio::fs::{DecisionCount, FileTable, Latency};
+use devices::virtio::fs::{DecisionCount, FileTable, Latency, ThrashCounters};
 use serde::{Deserialize, Serialize};
 
 /// `/v1/status`: what the VM is, and how it is.
@@ -77,6 +77,8 @@ pub struct ShareWindow {
     pub counters: WindowCounters,
     /// Chunks that changed hands at once.
     pub churned_chunks: u64,
+    /// Whether the window does for the guest.
+    pub thrash: ThrashCounters,
     /// SETUPMAPPING requests that the policy forbade.
     pub denied_mappings: u64,
     /// Times that the guest got to know a file as DAX.

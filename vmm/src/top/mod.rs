@@ -75,7 +75,7 @@ fn nanoseconds(time: u64) -> String {
 #[cfg(test)]
 pub(crate) mod testing {
     use devices::virtio::fs::window::WindowCounters;
-    use devices::virtio::fs::{DecisionCount, FileCounters, FileTable, Latency};
+    use devices::virtio::fs::{DecisionCount, FileCounters, FileTable, Latency, ThrashCounters};
 
     use super::*;
     use crate::api::{ShareFiles, ShareStatus, ShareWindow};
@@ -105,6 +105,12 @@ pub(crate) mod testing {
                 ..WindowCounters::default()
             },
             churned_chunks: 5,
+            thrash: ThrashCounters {
+                level: 3,
+                peak_level: 4,
+                refaulted_chunks: 1234,
+                sufficient_window: 128 << 20,
+            },
             setup_latency: Latency { count: 100, sum_ns: 1_230_000, buckets: Vec::new() },
             decisions: vec![
                 DecisionCount { rule: "big files".into(), reason: "size".into(), dax: true, count: 12 },

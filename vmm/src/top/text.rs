@@ -3,6 +3,7 @@
 use std::fmt::Write;
 
 use devices::text::Bytes;
+use devices::virtio::fs::ThrashCounters;
 
 use super::map::{Map, letter};
 use super::{Snapshot, duration, file_name, nanoseconds, printable};
@@ -80,6 +81,14 @@ fn window(share: &ShareWindow) -> String {
         counters.upgraded_chunks, counters.overlaid_chunks, share.churned_chunks
     );
     line(&mut text, "chunks", &chunks);
+    if share.thrash.sufficient_window > 0 {
+        let ThrashCounters { level, peak_level, refaulted_chunks, sufficient_window } = share.thrash;
+        let thrash = format!(
+            "level {level} of 5, {peak_level} at most; {refaulted_chunks} chunks taken away too soon; {} would do",
+            Bytes(sufficient_window)
+        );
+        line(&mut text, "thrashing", &thrash);
+    }
     for made in &share.decisions {
         let outcome = if made.dax { "DAX" } else { "not DAX" };
         let what = format!("{} by {} ({}): {}", outcome, printable(&made.rule), made.reason, made.count);
@@ -146,6 +155,7 @@ mod tests {
             "  machine: 2 vCPUs, 512 MiB of RAM\n",
             "window of src: 64 MiB, 18 of 32 chunks mapped, 30 at most\n",
             "  mappings: 100 done, 0 failed, 0 denied; 12.3 µs on average\n",
+            "  thrashing: level 3 of 5, 4 at most; 1234 chunks taken away too soon; 128 MiB would do\n",
             "  decided: not DAX by default (all): 7\n",
             "  map: a cell is a chunk of 2 MiB\n  aaaaaaaaaaaa..bbbbbb............\n",
             "  map: a cell is 2 chunks of 2 MiB\n",

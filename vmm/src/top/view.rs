@@ -69,8 +69,12 @@ impl Screen {
     fn head(&self, share: &ShareWindow) -> Vec<Line<'static>> {
         let counters = &share.counters;
         let chunks = share.chunks.len().max(1);
+        let thrashes = match share.thrash.level {
+            0 => String::new(),
+            level => format!(", thrashing ({level} of 5)"),
+        };
         let window = format!(
-            "window {}: {} of {} chunks mapped ({} %), {} at most",
+            "window {}: {} of {} chunks mapped ({} %), {} at most{thrashes}",
             Bytes(counters.size),
             counters.mapped_chunks,
             share.chunks.len(),
@@ -79,13 +83,12 @@ impl Screen {
         );
         let rate = |value: fn(&ShareWindow) -> u64| rate(self.per_second(share, value));
         let rates = format!(
-            "setup {}/s ({})  remove {}/s ({})  churn {}/s  upgrade {}/s  denied {}/s",
+            "setup {}/s ({})  remove {}/s ({})  churn {}/s  denied {}/s",
             rate(|share| share.counters.setup_mappings),
             nanoseconds(share.setup_latency.mean_ns()),
             rate(|share| share.counters.remove_mappings),
             nanoseconds(share.remove_latency.mean_ns()),
             rate(|share| share.churned_chunks),
-            rate(|share| share.counters.upgraded_chunks),
             rate(|share| share.denied_mappings)
         );
         vec![self.title(Some(share)), Line::from(window), Line::from(rates)]
@@ -237,8 +240,8 @@ mod tests {
         let lines = lines(&drawn(&screen(false), 80, 24));
         let has = |line: &str| assert!(lines.iter().any(|shown| shown == line), "{line:?} not in {lines:#?}");
         has("daxvm 4711  running for 2m 05s  2 vCPUs, 512 MiB  share src (1 of 2)");
-        has("window 64 MiB: 18 of 32 chunks mapped (56 %), 30 at most");
-        has("setup 12.5/s (12.3 µs)  remove 0.0/s (0 ns)  churn 0.0/s  upgrade 0.0/s  denied");
+        has("window 64 MiB: 18 of 32 chunks mapped (56 %), 30 at most, thrashing (3 of 5)");
+        has("setup 12.5/s (12.3 µs)  remove 0.0/s (0 ns)  churn 0.0/s  denied 0.0/s");
         has("aaaaaaaaaaaa..bbbbbb............");
         has("a      12      20        39      4.5        2 lib/libc.so");
         has("b       6      20        30      0.0        2 bad\\u{1b}[2Jname");
