@@ -6,6 +6,7 @@
 
 mod abi;
 mod accounts;
+mod budget;
 mod cache;
 mod counters;
 mod decisions;
@@ -24,6 +25,7 @@ mod tests;
 pub mod window;
 
 pub use self::accounts::{CHURN_TIME, FileCounters, FileTable, MAX_FILES};
+pub use self::budget::descriptors_per_share;
 pub use self::cache::{CacheMode, UnknownCacheMode};
 pub use self::counters::{CountersHandle, FileSystemCounters};
 pub use self::decisions::DecisionCount;

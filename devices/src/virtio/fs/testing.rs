@@ -78,6 +78,7 @@ impl FakeGuest {
             policy: Policy::Always,
             cache: CacheMode::default(),
             request_queues: 1,
+            descriptors: 10_000,
         };
         change(&mut config);
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY_SIZE)]).unwrap();
@@ -142,7 +143,8 @@ impl FakeGuest {
         writable: &[u32],
     ) -> Result<(u32, Vec<u8>), ChainError> {
         self.memory.write_slice(message, GuestAddress(REQUEST)).unwrap();
-        self.memory.write_slice(&vec![0xa5; REPLY_SIZE as usize], GuestAddress(REPLY)).unwrap();
+        let room = writable.iter().sum::<u32>();
+        self.memory.write_slice(&vec![0xa5; room as usize], GuestAddress(REPLY)).unwrap();
         let mut descriptors = Vec::new();
         let mut at = REQUEST;
         for len in readable {

@@ -4,6 +4,7 @@ mod attributes;
 mod cache;
 mod changes;
 mod device;
+mod escape;
 mod files;
 mod hostile;
 mod inherit;
