@@ -36,7 +36,8 @@ pub fn descriptors_per_share(windows: &[u64]) -> u64 {
     divide(raise_open_file_limit(), windows)
 }
 
-fn divide(limit: u64, windows: &[u64]) -> u64 {
+/// The same for a process that may have `limit` descriptors.
+pub(super) fn divide(limit: u64, windows: &[u64]) -> u64 {
     let left = limit.saturating_sub(RESERVED);
     let chunks = windows.iter().map(|size| size / CHUNK_SIZE).sum::<u64>();
     // Few windows show as many files as they have chunks, and a guest that has one do so gets errors for the last ones.

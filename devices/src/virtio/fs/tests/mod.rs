@@ -1,6 +1,7 @@
 //! The device, driven by a fake guest.
 
 mod attributes;
+mod budget;
 mod cache;
 mod changes;
 mod device;
