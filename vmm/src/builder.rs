@@ -10,7 +10,7 @@ use devices::pci::{ConfigPorts, Ecam};
 use devices::virtio::block::{BlockConfig, BlockDevice, DiskCountersHandle, DiskError};
 use devices::virtio::console::{ConsoleDevice, ConsoleError, Port, PortsHandle};
 use devices::virtio::device::{DeviceMemory, VirtioDevice};
-use devices::virtio::fs::{FileSystemConfig, FileSystemDevice, FileSystemError};
+use devices::virtio::fs::{FileSystemConfig, FileSystemDevice, FileSystemError, descriptors_per_share};
 use devices::virtio::pci::VirtioPciError;
 use devices::virtio::rng::RngDevice;
 use kvm_bindings::CpuId;
@@ -130,11 +130,13 @@ pub(crate) fn build(config: ValidConfig, wiring: Wiring) -> Result<Vm, BuildErro
         .zip(&config.disks)
         .map(|(index, disk)| add_disk(&mut manager, index, disk, &config))
         .collect::<Result<_, _>>()?;
+    let windows = config.windows()?;
+    let descriptors = descriptors_per_share(&windows.iter().map(|window| window.size).collect::<Vec<_>>());
     let shares = config
         .shares
         .iter()
-        .zip(config.windows()?)
-        .map(|(share, window)| add_share(&mut manager, share, window, &config))
+        .zip(windows)
+        .map(|(share, window)| add_share(&mut manager, share, window, descriptors, &config))
         .collect::<Result<_, _>>()?;
 
     let rsdp = acpi::write_tables(&memory, config.cpus, &mmio_64).map_err(BuildError::Acpi)?;
@@ -226,6 +228,7 @@ fn add_share(
     manager: &mut DeviceManager,
     share: &ShareConfig,
     window: ShareWindow,
+    descriptors: u64,
     config: &ValidConfig,
 ) -> Result<ShareCounters, BuildError> {
     let device = FileSystemDevice::new(FileSystemConfig {
@@ -236,6 +239,7 @@ fn add_share(
         policy: window.policy,
         cache: share.cache,
         request_queues: config.cpus.min(MAX_REQUEST_QUEUES).into(),
+        descriptors,
     })
     .map_err(|source| BuildError::Share { tag: share.tag.clone(), source })?;
     let counters = ShareCounters {

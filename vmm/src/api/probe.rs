@@ -180,6 +180,7 @@ pub(crate) mod testing {
                     policy: share.dax.load().unwrap(),
                     cache: share.cache,
                     request_queues: 1,
+                    descriptors: 1_000,
                 })
                 .unwrap()
             })

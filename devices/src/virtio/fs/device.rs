@@ -49,6 +49,10 @@ pub struct FileSystemConfig {
     pub cache: CacheMode,
     /// Number of request queues, each with its own thread; 1 to [`MAX_REQUEST_QUEUES`].
     pub request_queues: u16,
+    /// The most descriptors of this process that the server keeps for what the guest knows and has open: one for each
+    /// file and directory, and one for each time that it is open. The guest gets ENFILE when it wants more.
+    /// [`super::descriptors_per_share`] divides what there is.
+    pub descriptors: u64,
 }
 
 /// A tag that no share can have.
@@ -124,13 +128,21 @@ pub struct FileSystemDevice {
 impl FileSystemDevice {
     /// Makes a device; the directory is opened and the window reserved here, once and for all.
     ///
-    /// It raises the process's soft limit of open files to the hard one, because the server keeps a descriptor for
-    /// each file that the guest knows, and it clears the process's umask, because modes come from the guest.
+    /// It clears the process's umask, because modes come from the guest.
     ///
     /// # Errors
     /// [`FileSystemError`], which names what to change.
     pub fn new(config: FileSystemConfig) -> Result<FileSystemDevice, FileSystemError> {
-        let FileSystemConfig { tag, path, read_only, window_size, policy, cache, request_queues } = config;
+        let FileSystemConfig {
+            tag,
+            path,
+            read_only,
+            window_size,
+            policy,
+            cache,
+            request_queues,
+            descriptors,
+        } = config;
         check_tag(&tag)?;
         if !(1..=MAX_REQUEST_QUEUES).contains(&request_queues) {
             return Err(FileSystemError::RequestQueues(request_queues));
@@ -142,7 +154,6 @@ impl FileSystemDevice {
                 Some(Arc::new(window.map_err(|source| FileSystemError::Window { size, source })?))
             }
         };
-        raise_open_file_limit();
         let root = match open_directory(&path) {
             Ok(root) => root,
             Err(source) => return Err(FileSystemError::Path { path, source }),
@@ -157,6 +168,7 @@ impl FileSystemDevice {
             cache,
             window: window.clone(),
             counts: Arc::clone(&counts),
+            descriptors,
         };
         let server = match Server::new(server) {
             Ok(server) => Arc::new(server),
@@ -266,18 +278,4 @@ fn drop_supplementary_groups() {
     // the server cannot act in the name of others either.
     // SAFETY: with a count of 0 setgroups(2) reads no memory.
     unsafe { libc::syscall(libc::SYS_setgroups, 0, std::ptr::null::<libc::gid_t>()) };
-}
-
-/// Raises the soft limit of open files to the hard one.
-fn raise_open_file_limit() {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: the structure lives through the call.
-    let known = unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) } == 0;
-    if known && limit.rlim_cur < limit.rlim_max {
-        limit.rlim_cur = limit.rlim_max;
-        // SAFETY: as above.
-        if unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) } != 0 {
-            tracing::warn!(error = %io::Error::last_os_error(), "cannot raise the limit of open files");
-        }
-    }
 }

@@ -56,6 +56,8 @@ pub(super) struct FakeGuest {
     unique: u64,
     /// The thread that asks.
     pub(super) thread: u32,
+    /// Room that a request leaves for its reply, in bytes; less makes for quicker tests.
+    pub(super) reply_room: u32,
 }
 
 impl FakeGuest {
@@ -78,6 +80,7 @@ impl FakeGuest {
             policy: Policy::Always,
             cache: CacheMode::default(),
             request_queues: 1,
+            descriptors: 10_000,
         };
         change(&mut config);
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY_SIZE)]).unwrap();
@@ -87,6 +90,7 @@ impl FakeGuest {
             memory,
             unique: 0,
             thread: 1000,
+            reply_room: REPLY_SIZE,
         }
     }
 
@@ -142,7 +146,8 @@ impl FakeGuest {
         writable: &[u32],
     ) -> Result<(u32, Vec<u8>), ChainError> {
         self.memory.write_slice(message, GuestAddress(REQUEST)).unwrap();
-        self.memory.write_slice(&vec![0xa5; REPLY_SIZE as usize], GuestAddress(REPLY)).unwrap();
+        let room = writable.iter().sum::<u32>();
+        self.memory.write_slice(&vec![0xa5; room as usize], GuestAddress(REPLY)).unwrap();
         let mut descriptors = Vec::new();
         let mut at = REQUEST;
         for len in readable {
@@ -188,7 +193,7 @@ impl FakeGuest {
     /// Sends a request and checks the form of its reply.
     pub(super) fn call(&mut self, code: u32, nodeid: u64, parts: &[&[u8]]) -> Outcome<Vec<u8>> {
         let message = self.message(code, nodeid, parts);
-        let (used, reply) = self.send_raw(&message, &[40], &[16, REPLY_SIZE - 16]).unwrap();
+        let (used, reply) = self.send_raw(&message, &[40], &[16, self.reply_room - 16]).unwrap();
         let header = *OutHeader::from_slice(&reply[..16]).unwrap();
         assert_eq!((header.len, header.unique), (used, self.unique), "opcode {code}");
         match header.error {

@@ -3,6 +3,7 @@
 //! The library's own reading is not used: it looks up each entry even for READDIR, reports node ids as inode numbers,
 //! and ends a listing early, as if it were complete, when an entry disappears meanwhile.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ffi::CStr;
 use std::fs::File;
@@ -15,37 +16,48 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use fuse_backend_rs::abi::fuse_abi::{
     Dirent, EntryOut, FSYNC_FDATASYNC, FsyncIn, OpenIn, OpenOut, ReadIn, ReleaseIn,
 };
-use fuse_backend_rs::api::filesystem::{FileSystem, ZeroCopyWriter};
+use fuse_backend_rs::api::filesystem::ZeroCopyWriter;
 use vm_memory::ByteValued;
 
 use super::Server;
 use super::message::{Reply, Request, errno};
+use crate::virtio::fs::budget::Budget;
 
 /// The most bytes of host entries that one request reads.
 const READ_MAX: usize = 32 << 10;
 /// Enough for one host entry with the longest name.
 const READ_MIN: usize = 512;
 
+thread_local! {
+    /// Host entries as they are read: one buffer a queue, since a guest may have any number of directories open.
+    static ENTRIES: RefCell<Vec<u8>> = RefCell::new(vec![0; READ_MAX]);
+}
+
 /// The directories that the guest has open, by their handles.
-#[derive(Default)]
 pub(super) struct Directories {
     last_handle: AtomicU64,
     open: RwLock<HashMap<u64, Arc<Directory>>>,
+    budget: Arc<Budget>,
 }
 
 struct Directory {
     nodeid: u64,
     file: File,
-    /// Host entries as they are read; whoever holds it may move the file's position too.
-    buffer: Mutex<Vec<u8>>,
+    /// Held by whoever moves the file's position.
+    position: Mutex<()>,
 }
 
 impl Directories {
-    fn insert(&self, nodeid: u64, file: File) -> u64 {
+    pub(super) fn new(budget: Arc<Budget>) -> Directories {
+        Directories { last_handle: AtomicU64::default(), open: RwLock::default(), budget }
+    }
+
+    fn insert(&self, nodeid: u64, file: File) -> io::Result<u64> {
+        self.budget.take()?;
         let handle = self.last_handle.fetch_add(1, Relaxed) + 1;
-        let directory = Arc::new(Directory { nodeid, file, buffer: Mutex::default() });
+        let directory = Arc::new(Directory { nodeid, file, position: Mutex::default() });
         self.open.write().unwrap_or_else(PoisonError::into_inner).insert(handle, directory);
-        handle
+        Ok(handle)
     }
 
     fn get(&self, handle: u64, nodeid: u64) -> io::Result<Arc<Directory>> {
@@ -64,11 +76,13 @@ impl Directories {
 
     fn remove(&self, handle: u64, nodeid: u64) -> io::Result<()> {
         self.get(handle, nodeid)?;
-        self.open.write().unwrap_or_else(PoisonError::into_inner).remove(&handle);
+        if self.open.write().unwrap_or_else(PoisonError::into_inner).remove(&handle).is_some() {
+            self.budget.give_back();
+        }
         Ok(())
     }
 
-    /// Closes all.
+    /// Closes all, at the end of a session, when the budget is cleared as well.
     pub(super) fn clear(&self) {
         self.open.write().unwrap_or_else(PoisonError::into_inner).clear();
     }
@@ -82,7 +96,7 @@ impl Server {
         if !file.metadata()?.is_dir() {
             return Err(errno(libc::ENOTDIR));
         }
-        let fh = self.directories.insert(nodeid, file);
+        let fh = self.directories.insert(nodeid, file)?;
         reply.object(&OpenOut { fh, open_flags: self.cache.directory_flags(), ..Default::default() })
     }
 
@@ -96,48 +110,46 @@ impl Server {
         let ReadIn { fh, offset, size, .. } = request.arg()?;
         let (context, nodeid) = (self.context(request), request.header.nodeid);
         let directory = self.directories.get(fh, nodeid)?;
-        let mut buffer = directory.buffer.lock().unwrap_or_else(PoisonError::into_inner);
-
         let mut body = reply.body()?;
         let mut room = body.available_bytes().min(size as usize);
         // An entry with its inode takes four times the room that it takes on the host, or more.
         let want = if plus { room / 4 } else { room };
-        let read = read_entries(&directory.file, offset, &mut buffer, want.clamp(READ_MIN, READ_MAX))?;
-
-        let mut rest = &buffer[..read];
-        while let Some((entry, next)) = HostEntry::parse(rest) {
-            let name = entry.name.to_bytes();
-            let padded = (size_of::<Dirent>() + name.len()).next_multiple_of(8);
-            let len = if plus { size_of::<EntryOut>() + padded } else { padded };
-            if len > room {
-                if body.written() == 0 {
-                    return Err(errno(libc::EINVAL));
+        ENTRIES.with_borrow_mut(|buffer| {
+            let mut rest = directory.read(offset, &mut buffer[..want.clamp(READ_MIN, READ_MAX)])?;
+            while let Some((entry, next)) = HostEntry::parse(rest) {
+                let name = entry.name.to_bytes();
+                let padded = (size_of::<Dirent>() + name.len()).next_multiple_of(8);
+                let len = if plus { size_of::<EntryOut>() + padded } else { padded };
+                if len > room {
+                    if body.written() == 0 {
+                        return Err(errno(libc::EINVAL));
+                    }
+                    break;
                 }
-                break;
-            }
-            if plus {
-                // Entries without a node id are legal: the client looks them up when it needs them. These are the two
-                // dots, and what disappeared just now.
-                let found = match name {
-                    b"." | b".." => None,
-                    _ => self.fs.lookup(&context, nodeid, entry.name).ok(),
+                if plus {
+                    // Entries without a node id are legal: the client looks them up when it needs them. These are the
+                    // two dots, what disappeared just now, and what the budget has nothing left for.
+                    let found = match name {
+                        b"." | b".." => None,
+                        _ => self.fs.lookup(&context, nodeid, entry.name).ok(),
+                    };
+                    let found = found.map_or_else(EntryOut::default, |found| self.entry_out(&context, found));
+                    body.write_all(found.as_slice())?;
+                }
+                let dirent = Dirent {
+                    ino: entry.ino,
+                    off: entry.next_offset,
+                    namelen: name.len() as u32,
+                    type_: entry.kind,
                 };
-                let found = found.map_or_else(EntryOut::default, |found| self.entry_out(&context, found));
-                body.write_all(found.as_slice())?;
+                body.write_all(dirent.as_slice())?;
+                body.write_all(name)?;
+                body.write_all(&[0; 8][..padded - size_of::<Dirent>() - name.len()])?;
+                room -= len;
+                rest = next;
             }
-            let dirent = Dirent {
-                ino: entry.ino,
-                off: entry.next_offset,
-                namelen: name.len() as u32,
-                type_: entry.kind,
-            };
-            body.write_all(dirent.as_slice())?;
-            body.write_all(name)?;
-            body.write_all(&[0; 8][..padded - size_of::<Dirent>() - name.len()])?;
-            room -= len;
-            rest = next;
-        }
-        reply.finish(body.written())
+            reply.finish(body.written())
+        })
     }
 
     pub(super) fn releasedir(&self, request: &mut Request<'_>, reply: &mut Reply<'_>) -> io::Result<u32> {
@@ -158,17 +170,16 @@ impl Server {
     }
 }
 
-/// Reads host entries from `offset` on, at most `want` bytes of them, into the start of `buffer`; returns how many
-/// bytes there are, 0 at the end.
-fn read_entries(mut directory: &File, offset: u64, buffer: &mut Vec<u8>, want: usize) -> io::Result<usize> {
-    directory.seek(SeekFrom::Start(offset))?;
-    if buffer.len() < want {
-        buffer.resize(want, 0);
+impl Directory {
+    /// Reads host entries from `offset` on, as many as `buffer` has room for; none at the end.
+    fn read<'b>(&self, offset: u64, buffer: &'b mut [u8]) -> io::Result<&'b [u8]> {
+        let _position = self.position.lock().unwrap_or_else(PoisonError::into_inner);
+        (&self.file).seek(SeekFrom::Start(offset))?;
+        let (start, len) = (buffer.as_mut_ptr(), buffer.len());
+        // SAFETY: the buffer has `len` bytes and outlives the call, which writes no more than these.
+        let read = unsafe { libc::syscall(libc::SYS_getdents64, self.file.as_raw_fd(), start, len) };
+        if read < 0 { Err(io::Error::last_os_error()) } else { Ok(&buffer[..read as usize]) }
     }
-    // SAFETY: the buffer has at least `want` bytes and outlives the call, which writes no more than these.
-    let read =
-        unsafe { libc::syscall(libc::SYS_getdents64, directory.as_raw_fd(), buffer.as_mut_ptr(), want) };
-    if read < 0 { Err(io::Error::last_os_error()) } else { Ok(read as usize) }
 }
 
 /// One entry as the host's kernel gives it (struct linux_dirent64).

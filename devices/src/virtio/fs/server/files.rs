@@ -10,10 +10,10 @@ use fuse_backend_rs::abi::fuse_abi::{
 };
 use fuse_backend_rs::api::filesystem::SetattrValid;
 
-use super::Server;
 use super::init::MAX_WRITE;
 use super::message::{Reply, Request, errno};
 use super::open::host_flags;
+use super::{NOBODY, Server};
 use crate::virtio::fs::inodes::host_node;
 
 /// The most bytes that one COPY_FILE_RANGE copies, so that it does not hold the queue up for long.
@@ -32,6 +32,11 @@ impl Server {
         let ask: SetattrIn = request.arg()?;
         let handle = (ask.valid & FATTR_FH != 0).then_some(ask.fh);
         let valid = SetattrValid::from_bits_truncate(ask.valid);
+        if valid.contains(SetattrValid::UID) && ask.uid == NOBODY
+            || valid.contains(SetattrValid::GID) && ask.gid == NOBODY
+        {
+            return Err(errno(libc::EINVAL));
+        }
         let (context, nodeid) = (self.context(request), request.header.nodeid);
         let set = || self.fs.setattr(&context, nodeid, ask.into(), handle, valid);
         let (stat, timeout) = match valid.contains(SetattrValid::SIZE) {

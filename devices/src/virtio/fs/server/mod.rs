@@ -12,10 +12,12 @@ mod directories;
 mod files;
 mod init;
 mod ioctl;
+mod known;
 mod mapping;
 pub(super) mod message;
 mod names;
 mod open;
+mod pseudo;
 mod unnamed;
 mod xattr;
 
@@ -34,8 +36,10 @@ use vm_memory::GuestMemoryMmap;
 
 use self::directories::Directories;
 use self::message::{Reply, Request, errno};
+use self::pseudo::PseudoFileSystems;
 use self::unnamed::Files;
 use super::abi::opcode;
+use super::budget::Budget;
 use super::cache::CacheMode;
 use super::counters::Counts;
 use super::hint::HintStore;
@@ -61,6 +65,8 @@ pub(super) struct ServerConfig {
     pub(super) window: Option<Arc<DaxWindow>>,
     /// Where to count.
     pub(super) counts: Arc<Counts>,
+    /// The most descriptors for what the guest knows and has open.
+    pub(super) descriptors: u64,
 }
 
 /// The server of one share; all queues use it at once.
@@ -88,7 +94,7 @@ impl Server {
     /// # Errors
     /// What the host says of the directory or of /proc.
     pub(super) fn new(config: ServerConfig) -> io::Result<Server> {
-        let ServerConfig { tag, root, read_only, policy, cache, window, counts } = config;
+        let ServerConfig { tag, root, read_only, policy, cache, window, counts, descriptors } = config;
         let fs = PassthroughFs::new(Config {
             // The final dot makes it the directory and not the link in /proc, which the library would not follow.
             root_dir: format!("/proc/self/fd/{}/.", root.as_raw_fd()),
@@ -109,12 +115,14 @@ impl Server {
             window.set_read_only();
         }
         let dax = PerFileDax::new(policy);
+        let pseudo = PseudoFileSystems::new(&root)?;
+        let budget = Arc::new(Budget::new(Arc::clone(&tag), descriptors));
         Ok(Server {
             tag,
-            fs: Files::new(fs, cache.timeout()),
+            directories: Directories::new(Arc::clone(&budget)),
+            fs: Files::new(fs, pseudo, budget, cache.timeout()),
             dax,
             window,
-            directories: Directories::default(),
             hints: HintStore::default(),
             root,
             cache,
@@ -155,6 +163,12 @@ impl Server {
         let code = request.header.opcode;
         if self.read_only && always_changes(code) {
             return Err(errno(libc::EROFS));
+        }
+        if self.fs.pseudo.refuses(code, request.header.nodeid) {
+            return Err(errno(libc::EACCES));
+        }
+        if creates(code) && (request.header.uid == NOBODY || request.header.gid == NOBODY) {
+            return Err(errno(libc::EINVAL));
         }
         match code {
             opcode::INIT => self.init(request, reply),
@@ -233,6 +247,12 @@ impl Server {
         self.fs.destroy();
     }
 
+    /// Descriptors that the budget has been charged with.
+    #[cfg(test)]
+    pub(super) fn descriptors_used(&self) -> u64 {
+        self.fs.budget.used()
+    }
+
     /// Who asks. A server without privileges does everything in its own name, and so does not try to change it.
     fn context(&self, request: &Request<'_>) -> Context {
         let mut context = Context::from(&request.header);
@@ -273,6 +293,14 @@ fn always_changes(code: u32) -> bool {
             | opcode::COPY_FILE_RANGE
             | opcode::TMPFILE
     )
+}
+
+/// The number that no user and no group has; for the host's kernel it means "as it is".
+const NOBODY: u32 = u32::MAX;
+
+/// Operations that make something which belongs to who asks.
+fn creates(code: u32) -> bool {
+    matches!(code, opcode::SYMLINK | opcode::MKNOD | opcode::MKDIR | opcode::CREATE | opcode::TMPFILE)
 }
 
 /// Operations that the client does not wait for.

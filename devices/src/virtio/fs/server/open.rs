@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::AsFd;
 
 use fuse_backend_rs::abi::fuse_abi::{CreateIn, OpenIn, OpenOut, ReleaseIn};
-use fuse_backend_rs::api::filesystem::{Context, FileSystem};
+use fuse_backend_rs::api::filesystem::Context;
 use vm_memory::ByteValued;
 
 use super::Server;
@@ -59,7 +59,7 @@ impl Server {
             }
             _ => self.fs.create(&context, parent, name, ask),
         };
-        let (entry, handle, _, _) = created?;
+        let (entry, handle) = created?;
         let opening = self.admit_created(&context, &entry);
         self.tell_size(&entry.attr);
         let entry = self.dax.entry_out(entry, opening.dax);

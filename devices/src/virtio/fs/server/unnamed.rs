@@ -29,6 +29,8 @@ use fuse_backend_rs::transport::FsCacheReqHandler;
 use rustix::fs::{AtFlags, CWD, FallocateFlags, Gid, Mode, OFlags, Timespec, Timestamps, Uid, XattrFlags};
 
 use super::message::errno;
+use super::pseudo::PseudoFileSystems;
+use crate::virtio::fs::budget::Budget;
 use crate::virtio::fs::policy::{is_set_id, without_set_id};
 
 /// Where the node ids of unnamed files begin: above the library's, and above the bit that says DAX.
@@ -36,7 +38,10 @@ const FIRST_NODE: u64 = 1 << 57;
 
 /// The library's file system, and the files without a name.
 pub(super) struct Files {
-    named: PassthroughFs,
+    pub(super) named: PassthroughFs,
+    pub(super) pseudo: PseudoFileSystems,
+    /// Counts what the guest knows and has open, directories included.
+    pub(super) budget: Arc<Budget>,
     unnamed: RwLock<HashMap<u64, Arc<Unnamed>>>,
     /// Counts node ids and handles; neither is ever given out twice.
     last: AtomicU64,
@@ -59,6 +64,11 @@ impl Unnamed {
     fn insert(&self, handle: u64, file: File) {
         let mut handles = self.handles.lock().unwrap_or_else(PoisonError::into_inner);
         handles.insert(handle, Arc::new(Mutex::new(file)));
+    }
+
+    /// Lets go of all that is open of it; returns how many that were.
+    fn take_handles(&self) -> usize {
+        std::mem::take(&mut *self.handles.lock().unwrap_or_else(PoisonError::into_inner)).len()
     }
 
     fn open(&self, flags: i32) -> io::Result<File> {
@@ -95,8 +105,14 @@ impl Deref for Files {
 /// The operations on nodes; the names and arguments are the library's.
 #[allow(clippy::too_many_arguments)]
 impl Files {
-    pub(super) fn new(named: PassthroughFs, timeout: Duration) -> Files {
-        Files { named, unnamed: RwLock::default(), last: AtomicU64::new(FIRST_NODE), timeout }
+    pub(super) fn new(
+        named: PassthroughFs,
+        pseudo: PseudoFileSystems,
+        budget: Arc<Budget>,
+        timeout: Duration,
+    ) -> Files {
+        let last = AtomicU64::new(FIRST_NODE);
+        Files { named, pseudo, budget, unnamed: RwLock::default(), last, timeout }
     }
 
     /// The file without a name that has this node id.
@@ -115,16 +131,22 @@ impl Files {
         owner: Option<(u32, u32)>,
         ask: &CreateIn,
     ) -> io::Result<(Entry, u64)> {
+        self.budget.has_left(2)?;
         let flags = OFlags::from_bits_retain(ask.flags) | OFlags::TMPFILE | OFlags::CLOEXEC;
         let mode = Mode::from_raw_mode(ask.mode & 0o7777 & !ask.umask);
         let file = File::from(rustix::fs::openat(directory, c".", flags, mode)?);
         if let Some((uid, gid)) = owner {
             // In a set-group-id directory the host has given it the directory's group.
-            let keeps_group = stat(directory)?.st_mode & libc::S_ISGID != 0;
+            let directory = stat(directory)?;
+            let keeps_group = directory.st_mode & libc::S_ISGID != 0;
             let group = if keeps_group { None } else { Some(Gid::from_raw(gid)) };
             rustix::fs::fchown(&file, Some(Uid::from_raw(uid)), group)?;
             if ask.mode & (libc::S_ISUID | libc::S_ISGID) != 0 {
-                rustix::fs::fchmod(&file, mode)?;
+                // A program that runs as a group is for its members to make (CVE-2022-0358); so says the host's
+                // kernel when it creates a file in a user's name.
+                let is_stranger = uid != 0 && keeps_group && gid != directory.st_gid;
+                let lost = if is_stranger && mode.contains(Mode::XGRP) { Mode::SGID } else { Mode::empty() };
+                rustix::fs::fchmod(&file, mode - lost)?;
             }
         }
         let attr = stat(&file)?;
@@ -132,6 +154,11 @@ impl Files {
         let handle = node + 1;
         let unnamed = Unnamed { file: file.try_clone()?, handles: Mutex::default() };
         unnamed.insert(handle, file);
+        self.budget.know(node)?;
+        if let Err(error) = self.budget.take() {
+            self.budget.forget(node, 1);
+            return Err(error);
+        }
         self.unnamed.write().unwrap_or_else(PoisonError::into_inner).insert(node, Arc::new(unnamed));
         let (attr_timeout, entry_timeout) = (self.timeout, self.timeout);
         let entry = Entry { inode: node, generation: 0, attr, attr_flags: 0, attr_timeout, entry_timeout };
@@ -139,15 +166,19 @@ impl Files {
     }
 
     pub(super) fn forget(&self, context: &Context, node: u64, count: u64) {
+        self.budget.forget(node, count);
         if node < FIRST_NODE {
             self.named.forget(context, node, count);
         } else if count > 0 {
-            // It is given out once, when it is made.
-            self.unnamed.write().unwrap_or_else(PoisonError::into_inner).remove(&node);
+            // It is given out once, when it is made. What is still open of it is closed with it.
+            let gone = self.unnamed.write().unwrap_or_else(PoisonError::into_inner).remove(&node);
+            let open = gone.map_or(0, |gone| gone.take_handles());
+            (0..open).for_each(|_| self.budget.give_back());
         }
     }
 
     pub(super) fn destroy(&self) {
+        self.budget.clear();
         self.unnamed.write().unwrap_or_else(PoisonError::into_inner).clear();
         self.named.destroy();
     }
@@ -215,20 +246,28 @@ impl Files {
         flags: u32,
         fuse_flags: u32,
     ) -> io::Result<Option<u64>> {
-        let Some(unnamed) = self.unnamed(node) else {
-            return self.named.open(context, node, flags, fuse_flags).map(|(handle, ..)| handle);
+        self.budget.take()?;
+        let opened = match self.unnamed(node) {
+            None => self.named.open(context, node, flags, fuse_flags).map(|(handle, ..)| handle),
+            Some(unnamed) => unnamed.open(flags as i32).map(|file| {
+                let handle = self.last.fetch_add(1, Relaxed) + 1;
+                unnamed.insert(handle, file);
+                Some(handle)
+            }),
         };
-        let handle = self.last.fetch_add(1, Relaxed) + 1;
-        unnamed.insert(handle, unnamed.open(flags as i32)?);
-        Ok(Some(handle))
+        opened.inspect_err(|_| self.budget.give_back())
     }
 
     pub(super) fn release(&self, context: &Context, node: u64, flags: u32, handle: u64) -> io::Result<()> {
-        let Some(unnamed) = self.unnamed(node) else {
-            return self.named.release(context, node, flags, handle, false, false, None);
-        };
-        let mut handles = unnamed.handles.lock().unwrap_or_else(PoisonError::into_inner);
-        handles.remove(&handle).map(drop).ok_or_else(|| errno(libc::EBADF))
+        match self.unnamed(node) {
+            None => self.named.release(context, node, flags, handle, false, false, None)?,
+            Some(unnamed) => {
+                let mut handles = unnamed.handles.lock().unwrap_or_else(PoisonError::into_inner);
+                handles.remove(&handle).ok_or_else(|| errno(libc::EBADF))?;
+            }
+        }
+        self.budget.give_back();
+        Ok(())
     }
 
     pub(super) fn read(

@@ -29,6 +29,7 @@ fn config(path: &Path) -> FileSystemConfig {
         policy: Policy::Always,
         cache: crate::virtio::fs::CacheMode::default(),
         request_queues: 2,
+        descriptors: 1_000,
     }
 }
 

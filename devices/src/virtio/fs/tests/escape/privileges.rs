@@ -1,0 +1,261 @@
+//! What makes a program run as somebody else goes when the file is written to, and cannot be had by a trick.
+
+use std::ffi::CStr;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::path::Path;
+
+use fuse_backend_rs::abi::fuse_abi::{
+    CreateIn, EntryOut, FOPEN_IN_KILL_SUIDGID, InHeader, MkdirIn, MknodIn, OpenIn, SetattrIn,
+    WRITE_KILL_PRIV, WriteIn,
+};
+use tempfile::TempDir;
+use vm_memory::ByteValued;
+
+use super::{Yard, bytes, copy_to, is_root};
+use crate::virtio::fs::abi::{init, opcode};
+use crate::virtio::fs::policy::Policy;
+use crate::virtio::fs::testing::{FakeGuest, PER_FILE, READ, ROOT, WRITE, directories_with_hints, nul};
+use crate::virtio::fs::{FileSystemConfig, FileSystemDevice};
+use crate::virtio::testing::{BUFFERS, FakeDriver, readable, writable};
+
+const CAPABILITIES: &CStr = c"security.capability";
+
+/// cap_net_raw, permitted and effective (vfs_cap_data, revision 2).
+const NET_RAW: [u8; 20] = [1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+
+/// SETATTR: by handle, and the client's word that the bits are to go.
+const SIZE: u32 = 1 << 3;
+const KILL_SUIDGID: u32 = 1 << 11;
+
+fn has_capabilities(path: &Path) -> bool {
+    rustix::fs::getxattr(path, CAPABILITIES, &mut [0; 64]).is_ok()
+}
+
+#[test]
+fn every_way_to_write_takes_set_id_bits_and_capabilities() {
+    if !is_root() {
+        return;
+    }
+    for outer in directories_with_hints().chain([TempDir::new().unwrap()]) {
+        // DAX or not, the policy lets set-id files be mapped only when it has them all.
+        let share = outer.path().join("share");
+        std::fs::create_dir(&share).unwrap();
+        std::fs::write(share.join("source"), "hello").unwrap();
+        let mut guest = FakeGuest::on(outer, |config| {
+            config.path = share.clone();
+            config.policy = rules_that_map_everything();
+        });
+        guest.init(PER_FILE | init::HANDLE_KILLPRIV_V2).unwrap();
+        let source = guest.lookup(ROOT, "source").unwrap().nodeid;
+        let from = guest.open(source, libc::O_RDONLY).unwrap().fh;
+
+        type Way = (&'static str, fn(&mut FakeGuest, u64, u64, (u64, u64)));
+        let ways: [Way; 9] = [
+            ("WRITE", |guest, node, fh, _| {
+                let (flags, fuse_flags) = (libc::O_RDWR as u32, WRITE_KILL_PRIV);
+                let ask = WriteIn { fh, size: 1, flags, fuse_flags, ..Default::default() };
+                guest.call(opcode::WRITE, node, &[ask.as_slice(), b"x"]).unwrap();
+            }),
+            ("OPEN to truncate", |guest, node, _, _| {
+                let flags = (libc::O_RDWR | libc::O_TRUNC) as u32;
+                let ask = OpenIn { flags, fuse_flags: FOPEN_IN_KILL_SUIDGID };
+                guest.call(opcode::OPEN, node, &[ask.as_slice()]).unwrap();
+            }),
+            ("CREATE to truncate", |guest, _, _, _| {
+                let flags = (libc::O_RDWR | libc::O_TRUNC) as u32;
+                let fuse_flags = FOPEN_IN_KILL_SUIDGID;
+                let ask = CreateIn { flags, mode: 0o644, umask: 0, fuse_flags };
+                guest.call(opcode::CREATE, ROOT, &[ask.as_slice(), &nul("program")]).unwrap();
+            }),
+            ("SETATTR of the size", |guest, node, _, _| {
+                let ask = SetattrIn { valid: SIZE | KILL_SUIDGID, size: 1, ..Default::default() };
+                guest.setattr(node, ask).unwrap();
+            }),
+            ("SETATTR of the size by handle", |guest, node, fh, _| {
+                let valid = SIZE | KILL_SUIDGID | 1 << 6;
+                guest.setattr(node, SetattrIn { valid, fh, size: 1, ..Default::default() }).unwrap();
+            }),
+            ("SETATTR of the owner", |guest, node, _, _| {
+                guest.setattr(node, SetattrIn { valid: 1 << 1, uid: 1000, ..Default::default() }).unwrap();
+            }),
+            ("FALLOCATE", |guest, node, fh, _| {
+                guest.fallocate(node, fh, 8192).unwrap();
+            }),
+            ("COPY_FILE_RANGE", |guest, node, fh, (source, from)| {
+                guest.call(opcode::COPY_FILE_RANGE, source, &[&copy_to(from, node, fh)]).unwrap();
+            }),
+            ("SETUPMAPPING", |guest, node, _, _| {
+                guest.setupmapping(node, 0, 0, READ | WRITE).unwrap();
+                guest.write_window(0, *b"xy");
+            }),
+        ];
+        for (what, way) in ways {
+            for (mode, capabilities) in [(0o6755, false), (0o755, true), (0o4711, true), (0o2777, false)] {
+                let path = share.join("program");
+                let _ = std::fs::remove_file(&path);
+                std::fs::write(&path, "program").unwrap();
+                std::fs::set_permissions(&path, PermissionsExt::from_mode(mode)).unwrap();
+                let set = rustix::fs::XattrFlags::empty();
+                if capabilities && rustix::fs::setxattr(&path, CAPABILITIES, &NET_RAW, set).is_err() {
+                    eprintln!("SKIPPED: no file capabilities on {}", path.display());
+                    continue;
+                }
+                let node = guest.lookup(ROOT, "program").unwrap().nodeid;
+                let fh = guest.open(node, libc::O_RDWR).unwrap().fh;
+                way(&mut guest, node, fh, (source, from));
+                let left = path.metadata().unwrap().mode() & 0o6000;
+                assert_eq!(left, 0, "{what} leaves {left:o} of {mode:o} on {}", path.display());
+                assert!(!has_capabilities(&path), "{what} leaves capabilities on {}", path.display());
+                guest.release(node, fh).unwrap();
+                guest.forget(node, u64::MAX);
+            }
+        }
+    }
+}
+
+/// The built-in policies let no set-id file be mapped.
+fn rules_that_map_everything() -> Policy {
+    let rules = "version = 1\ndefault = \"allow\"\n[[rule]]\nset_id = true\ndax = \"allow\"\n";
+    Policy::from_rules("rules.toml", rules).unwrap()
+}
+
+/// A request in a user's name.
+fn ask_as(
+    guest: &mut FakeGuest,
+    uid: u32,
+    gid: u32,
+    code: u32,
+    node: u64,
+    parts: &[&[u8]],
+) -> (i32, Vec<u8>) {
+    let mut message = guest.message(code, node, parts);
+    message[24..28].copy_from_slice(&uid.to_le_bytes());
+    message[28..32].copy_from_slice(&gid.to_le_bytes());
+    let (used, reply) = guest.send_raw(&message, &[40], &[4096]).unwrap();
+    assert!(used >= 16);
+    (-i32::from_le_bytes(reply[4..8].try_into().unwrap()), reply[16..].to_vec())
+}
+
+#[test]
+fn nobody_owns_nothing() {
+    let mut yard = Yard::new();
+    let create = bytes(&CreateIn { flags: libc::O_RDWR as u32, mode: 0o100_644, ..Default::default() });
+    let mkdir = bytes(&MkdirIn { mode: 0o755, umask: 0 });
+    let mknod = bytes(&MknodIn { mode: libc::S_IFREG | 0o644, ..Default::default() });
+    let (new, target) = (nul("new"), nul("target"));
+    for (uid, gid) in [(u32::MAX, 0), (0, u32::MAX), (u32::MAX, u32::MAX)] {
+        let requests: [(u32, &[&[u8]]); 5] = [
+            (opcode::CREATE, &[&create, &new]),
+            (opcode::TMPFILE, &[&create, &new]),
+            (opcode::MKDIR, &[&mkdir, &new]),
+            (opcode::MKNOD, &[&mknod, &new]),
+            (opcode::SYMLINK, &[&new, &target]),
+        ];
+        for (code, parts) in requests {
+            let (errno, _) = ask_as(&mut yard.guest, uid, gid, code, ROOT, parts);
+            assert_eq!(errno, libc::EINVAL, "opcode {code}");
+            yard.check("a request of nobody");
+        }
+    }
+    let reply = yard.guest.call(opcode::TMPFILE, ROOT, &[&create, &new]).unwrap();
+    let unnamed = u64::from_le_bytes(reply[..8].try_into().unwrap());
+    for node in [yard.file, yard.directory, unnamed] {
+        for valid in [2, 4, 6] {
+            let ask = bytes(&SetattrIn { valid, uid: u32::MAX, gid: u32::MAX, ..Default::default() });
+            yard.attempt("SETATTR of the owner", libc::EINVAL, opcode::SETATTR, node, &[&ask]);
+        }
+    }
+    assert!(!yard.share("new").exists());
+}
+
+#[test]
+fn other_users_have_no_more_rights_than_they_have() {
+    if !is_root() {
+        return;
+    }
+    let mut yard = Yard::new();
+    std::fs::set_permissions(yard.share("directory"), PermissionsExt::from_mode(0o755)).unwrap();
+    std::fs::set_permissions(yard.share("file"), PermissionsExt::from_mode(0o600)).unwrap();
+    let directory = yard.directory;
+    let create = bytes(&CreateIn { flags: libc::O_RDWR as u32, mode: 0o100_644, ..Default::default() });
+    let mkdir = bytes(&MkdirIn { mode: 0o755, umask: 0 });
+    let mknod = |mode| bytes(&MknodIn { mode, rdev: 0x103, ..Default::default() });
+    let new = nul("new");
+    let requests: [(u32, &[&[u8]], i32); 6] = [
+        (opcode::CREATE, &[&create, &new], libc::EACCES),
+        (opcode::MKDIR, &[&mkdir, &new], libc::EACCES),
+        (opcode::MKNOD, &[&mknod(libc::S_IFREG), &new], libc::EACCES),
+        (opcode::MKNOD, &[&mknod(libc::S_IFIFO), &new], libc::EACCES),
+        (opcode::MKNOD, &[&mknod(libc::S_IFCHR), &new], libc::EPERM),
+        (opcode::SYMLINK, &[&new, &new], libc::EACCES),
+    ];
+    for (code, parts, expected) in requests {
+        // Device nodes are refused for want of CAP_MKNOD, before or after the directory's mode is looked at.
+        let (errno, _) = ask_as(&mut yard.guest, 1000, 1000, code, directory, parts);
+        assert!([expected, libc::EACCES].contains(&errno), "opcode {code}: {errno}");
+        yard.check("a request of a user");
+    }
+    let (errno, _) = ask_as(&mut yard.guest, 1000, 1000, opcode::CREATE, ROOT, &[&create, &nul("file")]);
+    assert_eq!(errno, libc::EACCES, "CREATE on a file that is there opens it as the user");
+    // The thread has its own rights back.
+    assert!(yard.guest.create(directory, "of-root", libc::O_RDWR).is_ok());
+    assert_eq!(yard.share("directory/of-root").metadata().unwrap().uid(), 0);
+}
+
+/// CVE-2022-0358: in a set-group-id directory a new file gets the directory's group, and would keep the set-group-id bit
+/// if the server's own supplementary groups counted.
+#[test]
+fn supplementary_groups_give_nothing() {
+    if !is_root() {
+        return;
+    }
+    const GROUP: u32 = 54_321;
+    let share = TempDir::new().unwrap();
+    let path = share.path().to_owned();
+    chown(&path, None, Some(GROUP)).unwrap();
+    std::fs::set_permissions(&path, PermissionsExt::from_mode(0o2777)).unwrap();
+    // Groups belong to a thread and those that it starts, which are the device's here.
+    std::thread::spawn(move || {
+        // SAFETY: setgroups(2) reads the one group, which lives through the call.
+        assert_eq!(unsafe { libc::syscall(libc::SYS_setgroups, 1, &GROUP) }, 0);
+        let config = FileSystemConfig {
+            tag: "groups".into(),
+            path: share.path().into(),
+            read_only: false,
+            window_size: 0,
+            policy: Policy::Never,
+            cache: Default::default(),
+            request_queues: 1,
+            descriptors: 100,
+        };
+        let mut device = FileSystemDevice::new(config).unwrap();
+        let mut driver = FakeDriver::new(&mut device, 0);
+        let mut ask = |code: u32, uid: u32, name: &str| {
+            let create = CreateIn { flags: libc::O_RDWR as u32, mode: 0o102_777, umask: 0, fuse_flags: 0 };
+            let mknod = MknodIn { mode: 0o102_777, ..Default::default() };
+            let body = if code == opcode::MKNOD { bytes(&mknod) } else { bytes(&create) };
+            let len = (size_of::<InHeader>() + body.len() + name.len() + 1) as u32;
+            let header =
+                InHeader { len, opcode: code, nodeid: ROOT, uid, gid: uid, unique: 1, ..Default::default() };
+            driver.write(BUFFERS, &[header.as_slice(), &body, &nul(name)].concat());
+            driver.send(1, &[readable(BUFFERS, len), writable(BUFFERS + 4096, 4096)]);
+            let (_, used) = driver.wait_used(1);
+            let reply = driver.read(BUFFERS + 4096, used as usize);
+            assert_eq!(i32::from_le_bytes(reply[4..8].try_into().unwrap()), 0, "opcode {code}");
+            EntryOut::from_slice(&reply[16..16 + size_of::<EntryOut>()]).unwrap().attr
+        };
+        for (code, name) in
+            [(opcode::CREATE, "created"), (opcode::MKNOD, "node"), (opcode::TMPFILE, "unnamed")]
+        {
+            let attr = ask(code, 1000, name);
+            assert_eq!((attr.uid, attr.gid, attr.mode & 0o7777), (1000, GROUP, 0o777), "{name}");
+            // The group's own members may.
+            let attr = ask(code, GROUP, &format!("{name} of a member"));
+            assert_eq!((attr.gid, attr.mode & 0o7777), (GROUP, 0o2777), "{name}");
+        }
+        drop(device);
+    })
+    .join()
+    .unwrap();
+    drop(path);
+}
