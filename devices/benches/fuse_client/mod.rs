@@ -3,7 +3,7 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::hint::spin_loop;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use devices::virtio::device::VirtioDevice;
@@ -140,7 +140,8 @@ impl Client {
             for _ in 0..self.sent[queue].len() {
                 while self.driver.used(queue).is_none() {
                     assert!(start.elapsed() < LIMIT, "the device does not answer");
-                    spin_loop();
+                    // Its threads need the CPU more.
+                    thread::sleep(Duration::from_micros(1));
                 }
             }
         }
