@@ -10,11 +10,11 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use rustix::io::Errno;
 use serde::de::DeserializeOwned;
-use tests::guest::data::Content;
+use tests::guest::data::{Content, random_offsets};
 use tests::guest::{
     Access, Bytes, Data, Digest, DirectRead, FallocateHow, GuestPath, Known, Line, LockKind, MakeKnown, Map,
-    Op, OpenHow, OpenLoop, Opened, Random, Reply, Sha256, SmallFiles, SmallFilesPhase, Stat, Verified,
-    Verify, Way, Write, read_line, write_line,
+    Op, OpenHow, OpenLoop, Opened, Pass, Passes, Random, Reply, Sha256, SmallFiles, SmallFilesPhase, Stat,
+    Verified, Verify, Way, Write, read_line, write_line,
 };
 
 type Outcome = Result<(), Box<dyn Error>>;
@@ -109,6 +109,30 @@ fn every_way_to_read_gives_the_digest_that_the_host_expects() -> Outcome {
             agent.call(Op::Sha256(Sha256 { path: (&file).into(), how, readers: 3 }))?;
         let digests: Vec<_> = digests.into_iter().map(|digest| digest.sha256).collect();
         assert_eq!(digests, *expected, "{how:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn going_over_a_file_sees_every_word_that_the_host_expects() -> Outcome {
+    let (mut agent, dir, _) = scene()?;
+    let content = Content { seed: 9, len: 70 * 4096 };
+    let file = dir.path().join("whole pages");
+    content.write_to(&file)?;
+    let some = Random { seed: 3, count: 200 };
+    for (random, expected) in [
+        (None, content.sum_of_words((0..content.len).step_by(4096))),
+        (Some(some), content.sum_of_words(random_offsets(some.seed, some.count, content.len))),
+    ] {
+        for mmap in [false, true] {
+            let ask = Passes { path: (&file).into(), mmap, random, passes: 3 };
+            let passes: Vec<Pass> = agent.call(Op::Passes(ask))?;
+            assert_eq!(
+                passes.iter().map(|pass| pass.sum).collect::<Vec<_>>(),
+                [expected; 3],
+                "{mmap} {random:?}"
+            );
+        }
     }
     Ok(())
 }

@@ -7,7 +7,8 @@ pub mod device;
 pub mod fs;
 pub mod pci;
 pub mod rng;
-#[cfg(test)]
-mod testing;
+#[cfg(any(test, feature = "testing"))]
+#[doc(hidden)]
+pub mod testing;
 pub mod thread;
 pub mod worker;

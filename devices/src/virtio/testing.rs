@@ -1,4 +1,5 @@
-//! A fake guest driver: rings in a guest memory of its own, which it fills with chains of any kind.
+//! A fake guest driver: rings in a guest memory of its own, which it fills with chains of any kind. For the unit tests, and,
+//! with the feature `testing`, for benchmarks and for tests that are programs of their own.
 
 use std::io;
 use std::sync::Arc;
@@ -15,17 +16,18 @@ use super::device::{Activation, ActiveQueue, DeviceMemory, VirtioDevice};
 use crate::interrupt::Interrupt;
 
 /// Bytes of the guest's memory.
-pub(super) const MEMORY_SIZE: u64 = 16 << 20;
+pub const MEMORY_SIZE: u64 = 16 << 20;
 /// Where the tests may put their buffers: below it are the rings.
-pub(super) const BUFFERS: u64 = 1 << 20;
-/// Bytes that a ring may take.
-const RING_SPACE: u64 = 0x4000;
+pub const BUFFERS: u64 = 1 << 20;
+/// Where the rings are, one after the other.
+const RINGS: u64 = 0x4000;
 
 /// Counts interrupts.
 #[derive(Default)]
-pub(super) struct Bell(AtomicUsize);
+pub struct Bell(AtomicUsize);
 
 impl Bell {
+    /// Interrupts so far.
     pub fn count(&self) -> usize {
         self.0.load(Ordering::SeqCst)
     }
@@ -39,7 +41,7 @@ impl Interrupt for Bell {
 }
 
 /// Waits until `condition` holds, for 20 s at most.
-pub(super) fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
+pub fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
     let start = Instant::now();
     while !condition() {
         assert!(start.elapsed() < Duration::from_secs(20), "timed out waiting for {what}");
@@ -48,12 +50,12 @@ pub(super) fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
 }
 
 /// A buffer that the device may only read.
-pub(super) fn readable(address: u64, len: u32) -> Descriptor {
+pub fn readable(address: u64, len: u32) -> Descriptor {
     Descriptor::new(address, len, 0, 0)
 }
 
 /// A buffer that the device may only write.
-pub(super) fn writable(address: u64, len: u32) -> Descriptor {
+pub fn writable(address: u64, len: u32) -> Descriptor {
     Descriptor::new(address, len, VRING_DESC_F_WRITE as u16, 0)
 }
 
@@ -69,7 +71,8 @@ struct Ring {
 }
 
 /// A driver with the rings of one device.
-pub(super) struct FakeDriver {
+pub struct FakeDriver {
+    /// The guest's memory.
     pub memory: GuestMemoryMmap,
     rings: Vec<Ring>,
     resets: Arc<AtomicUsize>,
@@ -86,17 +89,22 @@ impl FakeDriver {
     /// A driver that has rings of these sizes, and has not told the device of them.
     pub fn idle(sizes: &[u16]) -> FakeDriver {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY_SIZE as usize)]).unwrap();
-        assert!(RING_SPACE * (sizes.len() as u64 + 1) <= BUFFERS);
-        let ring = |(size, index): (&u16, u64)| Ring {
-            base: RING_SPACE * (index + 1),
-            size: *size,
-            next_descriptor: 0,
-            available: 0,
-            used: 0,
-            doorbell: EventFd::new(libc::EFD_NONBLOCK).unwrap(),
-            bell: Arc::default(),
+        let mut base = RINGS;
+        let ring = |size: &u16| {
+            let ring = Ring {
+                base,
+                size: *size,
+                next_descriptor: 0,
+                available: 0,
+                used: 0,
+                doorbell: EventFd::new(libc::EFD_NONBLOCK).unwrap(),
+                bell: Arc::default(),
+            };
+            base = ring.end().next_multiple_of(4096);
+            ring
         };
-        let rings = sizes.iter().zip(0..).map(ring).collect();
+        let rings = sizes.iter().map(ring).collect();
+        assert!(base <= BUFFERS, "the rings do not fit below the buffers");
         FakeDriver { memory, rings, resets: Arc::default() }
     }
 
@@ -151,6 +159,7 @@ impl FakeDriver {
         head
     }
 
+    /// Rings for what was made available.
     pub fn ring(&self, queue: usize) {
         self.rings[queue].doorbell.write(1).unwrap();
     }
@@ -217,6 +226,11 @@ impl Ring {
 
     fn used_ring(&self) -> u64 {
         (self.avail() + 6 + 2 * u64::from(self.size)).next_multiple_of(8)
+    }
+
+    /// The first byte behind it.
+    fn end(&self) -> u64 {
+        self.used_ring() + 6 + 8 * u64::from(self.size)
     }
 
     fn queue(&self) -> Queue {

@@ -2,6 +2,7 @@
 //! lab but ratios do.
 
 pub mod boot;
+pub mod dax;
 pub mod peers;
 mod plot;
 pub mod policy;

@@ -19,6 +19,30 @@ pub(super) fn cache() -> PathBuf {
     env::var_os("DAXVM_CACHE").map_or_else(|| in_target("cache"), PathBuf::from)
 }
 
+/// Copies parts of what a script has unpacked to where they are read quickly; those that are not there are left out.
+fn install<'a>(
+    source: &Path,
+    name: &str,
+    parts: impl IntoIterator<Item = &'a str>,
+) -> Result<PathBuf, BenchError> {
+    let root = scratch().join(name);
+    if !root.exists() {
+        // Under its name only when it is whole.
+        let partial = root.with_extension("partial");
+        for part in parts.into_iter().filter(|part| source.join(part).exists()) {
+            copy(&source.join(part), &partial.join(part))?;
+        }
+        fs::rename(&partial, &root).map_err(|source| BenchError::File(root.clone(), source))?;
+    }
+    Ok(root)
+}
+
+/// Where the libraries of a package are, for LD_LIBRARY_PATH.
+fn libraries(root: &Path) -> OsString {
+    let libraries: Vec<_> = LIBRARIES.iter().map(|part| root.join(part).into_os_string()).collect();
+    libraries.join(OsStr::new(":"))
+}
+
 /// QEMU, copied to where it starts quickly.
 pub struct Qemu {
     root: PathBuf,
@@ -31,17 +55,9 @@ impl Qemu {
     /// It has not been fetched, or cannot be copied.
     pub fn find() -> Result<Qemu, BenchError> {
         let source = cache().join("qemu-10");
-        let root = scratch().join("bench-qemu");
-        if !root.exists() {
-            // Under its name only when it is whole.
-            let partial = root.with_extension("partial");
-            copy(&source.join(PROGRAM), &partial.join(PROGRAM))?;
-            for part in LIBRARIES.iter().chain(&FIRMWARE).filter(|part| source.join(part).exists()) {
-                copy(&source.join(part), &partial.join(part))?;
-            }
-            fs::rename(&partial, &root).map_err(|source| BenchError::File(root.clone(), source))?;
-        }
-        Ok(Qemu { root })
+        fs::metadata(source.join(PROGRAM)).map_err(|error| BenchError::File(source.join(PROGRAM), error))?;
+        let parts = [PROGRAM].into_iter().chain(LIBRARIES).chain(FIRMWARE);
+        Ok(Qemu { root: install(&source, "bench-qemu", parts)? })
     }
 
     /// The program.
@@ -51,8 +67,7 @@ impl Qemu {
 
     /// LD_LIBRARY_PATH for it.
     pub fn libraries(&self) -> OsString {
-        let libraries: Vec<_> = LIBRARIES.iter().map(|part| self.root.join(part).into_os_string()).collect();
-        libraries.join(OsStr::new(":"))
+        libraries(&self.root)
     }
 
     /// Where its firmware is, each directory for an option `-L`.
@@ -70,6 +85,51 @@ impl Qemu {
         command.args(["-M", "microvm", "-accel", "kvm", "-cpu", "host", "-m", memory]);
         command.args(["-smp", &cpus.to_string(), "-nodefaults", "-no-user-config", "-no-reboot"]);
         command.args(["-display", "none"]);
+        command
+    }
+}
+
+/// virtiofsd, copied to where it starts quickly.
+pub struct Virtiofsd {
+    root: PathBuf,
+    program: &'static str,
+}
+
+impl Virtiofsd {
+    /// The one in C, a part of QEMU until 8.0.
+    const IN_C: &str = "usr/lib/qemu/virtiofsd";
+    /// The one in Rust.
+    const IN_RUST: &str = "usr/libexec/virtiofsd";
+
+    /// Finds it.
+    ///
+    /// # Errors
+    /// It has not been fetched, or cannot be copied.
+    pub fn find() -> Result<Virtiofsd, BenchError> {
+        let source = cache().join("virtiofsd");
+        let is_there = |program: &&str| source.join(program).exists();
+        let Some(program) = [Virtiofsd::IN_RUST, Virtiofsd::IN_C].into_iter().find(is_there) else {
+            return Err(BenchError::File(source, std::io::ErrorKind::NotFound.into()));
+        };
+        let root = install(&source, "bench-virtiofsd", [program].into_iter().chain(LIBRARIES))?;
+        Ok(Virtiofsd { root, program })
+    }
+
+    /// Shares `dir`, with its own defaults for all but confinement, at `socket`, until QEMU lets go of that. Libraries
+    /// that it has not are `qemu`'s.
+    pub fn command(&self, qemu: &Qemu, socket: &Path, dir: &Path) -> Command {
+        let mut command = Command::new(self.root.join(self.program));
+        command.env("LD_LIBRARY_PATH", [libraries(&self.root), qemu.libraries()].join(OsStr::new(":")));
+        let option = |name: &str, path: &Path| {
+            let mut option = OsString::from(name);
+            option.push(path);
+            option
+        };
+        command.arg(option("--socket-path=", socket));
+        match self.program {
+            Virtiofsd::IN_C => command.arg("-o").arg(option("sandbox=chroot,cache=auto,source=", dir)),
+            _ => command.arg(option("--shared-dir=", dir)).args(["--sandbox=chroot", "--cache=auto"]),
+        };
         command
     }
 }

@@ -7,8 +7,11 @@ use plotters::prelude::*;
 
 use super::Row;
 
-const SIZE: (u32, u32) = (960, 620);
 const COLUMNS: usize = 2;
+/// In pixels.
+const WIDTH: u32 = 960;
+const TITLE_HEIGHT: u32 = 30;
+const PANEL_HEIGHT: u32 = 295;
 
 /// Draws rows that stand together in the table in one panel each.
 ///
@@ -19,10 +22,12 @@ pub fn bars(file: &Path, title: &str, rows: &[Row]) -> Result<(), Box<dyn Error>
     if let Some(dir) = file.parent() {
         std::fs::create_dir_all(dir)?;
     }
-    let root = SVGBackend::new(file, SIZE).into_drawing_area();
+    let lines = groups.len().div_ceil(COLUMNS);
+    let size = (WIDTH, TITLE_HEIGHT + lines as u32 * PANEL_HEIGHT);
+    let root = SVGBackend::new(file, size).into_drawing_area();
     root.fill(&WHITE)?;
     let root = root.titled(title, ("sans-serif", 20))?;
-    let panels = root.split_evenly((groups.len().div_ceil(COLUMNS), COLUMNS));
+    let panels = root.split_evenly((lines, COLUMNS));
     for (panel, group) in panels.iter().zip(groups) {
         let highest = group.iter().map(|row| row.median).fold(0.0, f64::max).max(1.0);
         let caption = [group[0].row.as_str(), group[0].unit].join(" ");

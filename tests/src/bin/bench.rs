@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use tests::bench::{BenchError, Table, boot, policy, runner};
+use tests::bench::{BenchError, Table, boot, dax, policy, runner};
 
 #[derive(Parser)]
 struct Cli {
@@ -18,6 +18,18 @@ enum Benchmark {
         /// Boots with each monitor
         #[arg(short, default_value_t = 5)]
         n: usize,
+        /// The kernel, as scripts/fetch-kernel names it
+        #[arg(long, default_value = "6.12-cloud")]
+        kernel: String,
+    },
+    /// A large file by mmap and read(2), under each policy and with two windows, against QEMU with virtiofsd
+    Dax {
+        /// Size of the file, a multiple of 8
+        #[arg(long, default_value_t = 256)]
+        mib: u64,
+        /// Boots of each guest
+        #[arg(long, default_value_t = 3)]
+        runs: usize,
         /// The kernel, as scripts/fetch-kernel names it
         #[arg(long, default_value = "6.12-cloud")]
         kernel: String,
@@ -58,6 +70,7 @@ fn run(benchmark: Benchmark) -> Result<(), BenchError> {
     }
     let (name, table): (_, Table) = match benchmark {
         Benchmark::Boot { n, kernel } => ("boot", boot::run(&kernel, n)?),
+        Benchmark::Dax { mib, runs, kernel } => ("dax", dax::run(&kernel, mib, runs)?),
         Benchmark::Policy { files, kernel } => ("policy", policy::run(&kernel, files)?),
         Benchmark::Runner { n, kernel } => ("runner", runner::run(&kernel, n)?),
     };

@@ -6,7 +6,9 @@ use std::io::{self, BufRead};
 
 use serde::Serialize;
 
-use super::ops::{Mapping, changing, contest, files, maps, per_file, read, small, system, write};
+use super::ops::{
+    Mapping, changing, contest, files, maps, passes, per_file, read, small, system, write,
+};
 use super::wire::{Line, read_line};
 use super::{End, Failure, Op, Reply};
 
@@ -71,6 +73,7 @@ impl Agent {
             Op::OpenLoop(ask) => done(per_file::open_loop(&ask)),
             Op::Sha256(request) => done(read::sha256(&request)),
             Op::Verify(request) => done(read::verify(&request)),
+            Op::Passes(ask) => done(passes::passes(&ask)),
             Op::ReadBytes(path, offset, len) => done(read::read_bytes(&path, offset, len)),
             Op::Write(request) => done(write::write(&request)),
             Op::Changing(ask) => done(changing::changing(&ask)),

@@ -143,6 +143,11 @@ impl Content {
         hasher.finish()
     }
 
+    /// The sum, modulo 2^64, of the first words of the blocks at these offsets, multiples of 8.
+    pub fn sum_of_words(self, offsets: impl IntoIterator<Item = u64>) -> u64 {
+        offsets.into_iter().fold(0, |sum, offset| sum.wrapping_add(word(self.seed, offset / 8)))
+    }
+
     /// The digest over `count` random blocks, offsets of the stream `seed`, as the guest must find it.
     pub fn random_sha256(self, seed: u64, count: u64) -> String {
         let mut hasher = Hasher::default();

@@ -106,6 +106,8 @@ pub enum Op {
     Sha256(Sha256),
     /// Compares files with what they must contain, each with each of some readers at once. -> [`Verified`]
     Verify(Verify),
+    /// Goes over a file some times, and says how long each time took. -> `Vec<Pass>`
+    Passes(Passes),
     /// Bytes of a file by pread(2): path, offset, length; fewer at its end. -> [`Bytes`]
     ReadBytes(GuestPath, u64, usize),
     /// Writes a file; it must exist.
@@ -397,6 +399,28 @@ pub struct Verified {
     pub differs: Vec<(GuestPath, u64)>,
     /// How long it took, in microseconds.
     pub micros: u64,
+}
+
+/// The same way over a file, some times. Of each page the first word is looked at.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Passes {
+    /// The file.
+    pub path: GuestPath,
+    /// By a shared mapping, which stays from one time to the next; else by pread(2).
+    pub mmap: bool,
+    /// Pages at random offsets; else all of them in order.
+    pub random: Option<Random>,
+    /// How many times.
+    pub passes: usize,
+}
+
+/// One time over a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pass {
+    /// How long it took, in microseconds.
+    pub micros: u64,
+    /// The sum of the words that were looked at, modulo 2^64.
+    pub sum: u64,
 }
 
 /// A write to a file.

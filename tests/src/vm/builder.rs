@@ -24,7 +24,8 @@ impl Share {
         Share(text)
     }
 
-    fn with(mut self, option: &str) -> Share {
+    /// One more of its options, `KEY=VALUE`.
+    pub fn with(mut self, option: &str) -> Share {
         self.0.push(",");
         self.0.push(option);
         self

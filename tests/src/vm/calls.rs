@@ -5,8 +5,8 @@ use serde_json::Value;
 use super::{Vm, VmError};
 use crate::guest::data::Content;
 use crate::guest::{
-    Access, Bytes, CommandOutput, Data, Digest, GuestPath, Map, Mount, Op, OpenHow, PciDevice, RenameHow,
-    Sha256, SmallFiles, SmallFilesPhase, Stat, Verified, Verify, Write,
+    Access, Bytes, CommandOutput, Data, Digest, GuestPath, Map, Mount, Op, OpenHow, Pass, Passes, PciDevice,
+    Random, RenameHow, Sha256, SmallFiles, SmallFilesPhase, Stat, Verified, Verify, Write,
 };
 
 type Result<T> = std::result::Result<T, VmError>;
@@ -125,6 +125,17 @@ impl Vm {
     /// The digests that some readers at once make of a file.
     pub fn sha256_at_once(&mut self, path: &str, how: Access, readers: usize) -> Result<Vec<Digest>> {
         self.call(&Op::Sha256(Sha256 { path: path.into(), how, readers }))
+    }
+
+    /// Goes over a file some times.
+    pub fn passes(
+        &mut self,
+        path: &str,
+        mmap: bool,
+        random: Option<Random>,
+        passes: usize,
+    ) -> Result<Vec<Pass>> {
+        self.call(&Op::Passes(Passes { path: path.into(), mmap, random, passes }))
     }
 
     /// Compares files with their contents, by some readers each.

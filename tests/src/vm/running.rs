@@ -48,6 +48,19 @@ impl Vm {
     pub(super) fn spawn(mut command: Command, deadline: Duration) -> Result<Vm, VmError> {
         let files = TempDir::new_in(scratch()).map_err(VmError::system("a temporary directory"))?;
         command.arg("--report").arg(files.path().join("report.json"));
+        Vm::start(command, deadline, files)
+    }
+
+    /// A virtual machine of another monitor, with [`Kernel::initrd`], whose console is standard input and output. There
+    /// will be no report.
+    pub fn of_peer(command: Command, deadline: Duration) -> Result<Vm, VmError> {
+        let files = TempDir::new_in(scratch()).map_err(VmError::system("a temporary directory"))?;
+        let mut vm = Vm::start(command, deadline, files)?;
+        vm.wait_ready()?;
+        Ok(vm)
+    }
+
+    fn start(mut command: Command, deadline: Duration, files: TempDir) -> Result<Vm, VmError> {
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let path = command.get_program().to_owned();
         let mut child = command.spawn().map_err(|source| VmError::Missing {

@@ -4,6 +4,7 @@ pub(super) mod changing;
 pub(super) mod contest;
 pub(super) mod files;
 pub(super) mod maps;
+pub(super) mod passes;
 pub(super) mod per_file;
 pub(super) mod read;
 pub(super) mod small;

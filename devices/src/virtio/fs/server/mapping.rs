@@ -19,7 +19,10 @@ use crate::text::exact_size;
 use crate::virtio::fs::accounts::Mapped;
 use crate::virtio::fs::policy::{is_set_id, without_set_id};
 use crate::virtio::fs::thrash::TooSmall;
-use crate::virtio::fs::window::{CHUNK_SHIFT, DaxWindow, WindowError};
+use crate::virtio::fs::window::{CHUNK_SHIFT, DaxWindow, KnownFile, WindowError};
+
+/// Entries of a REMOVEMAPPING that are looked at together; Linux sends no more (FUSE_REMOVEMAPPING_MAX_ENTRY).
+const ENTRIES_AT_ONCE: usize = 256;
 
 /// SETUPMAPPING flags for the library, which opens the file accordingly.
 const READ: u64 = SetupmappingFlags::READ.bits();
@@ -28,7 +31,12 @@ const WRITE: u64 = SetupmappingFlags::WRITE.bits();
 impl Server {
     /// Maps a part of a file where the client says. The client sends no handle: it maps by inode, and a mapping
     /// outlives every RELEASE and FORGET.
-    pub(super) fn setup_mapping(&self, request: &mut Request<'_>, reply: &mut Reply<'_>) -> io::Result<u32> {
+    pub(super) fn setup_mapping(
+        &self,
+        request: &mut Request<'_>,
+        reply: &mut Reply<'_>,
+        now: Instant,
+    ) -> io::Result<u32> {
         let ask: SetupmappingIn = request.arg()?;
         let window = self.window.as_ref().ok_or_else(|| errno(libc::ENODEV))?;
         if ask.flags & (READ | WRITE) == 0 || ask.flags & !(READ | WRITE) != 0 {
@@ -38,40 +46,40 @@ impl Server {
         if write && self.read_only {
             return Err(errno(libc::EROFS));
         }
-        let (context, nodeid) = (self.context(request), request.header.nodeid);
-        let (stat, _) = self.fs.getattr(&context, nodeid, None)?;
+        let (context, node) = (self.context(request), request.header.nodeid);
+        let (stat, _) = self.fs.getattr(&context, node, None)?;
         if !self.may_map(request, &stat) {
             self.counts.denied_mapping();
-            tracing::debug!(nodeid, mode = stat.st_mode, "the guest maps a file that is not DAX for it");
+            tracing::debug!(node, mode = stat.st_mode, "the guest maps a file that is not DAX for it");
             return Err(errno(libc::EPERM));
         }
-        if write {
-            self.kill_privileges(&context, nodeid, &stat)?;
-        }
-
-        let map = |writable| {
-            let flags = if writable { READ | WRITE } else { READ };
-            let mut mapper = Mapper { window: Arc::clone(window), writable };
-            self.fs.setupmapping(&context, nodeid, ask.foffset, ask.len, flags, ask.moffset, &mut mapper)
-        };
         // A client whose tasks touch a chunk at the same time, one to read and one to write, may write through a
         // mapping that it asked for to read (fuse_setup_new_dax_mapping looks again without looking at the mode), and
         // the host can only end the guest then. So what can be written is mapped so at once. Programs are left out,
         // as nobody could start them on the host as long as they are mapped writable (ETXTBSY).
         let is_program = stat.st_mode & 0o111 != 0;
-        let mut writable = write || !self.read_only && !is_program;
-        let mut result = map(writable);
-        if !write && result.as_ref().is_err_and(denies_writing) {
-            writable = false;
-            result = map(false);
-        }
-        result.map_err(no_retry)?;
-        self.note_mapped(nodeid, &ask, writable);
+        let part = Part {
+            window,
+            context,
+            node,
+            stat,
+            ask,
+            write,
+            may_write: write || !self.read_only && !is_program,
+        };
+        // The window keeps a descriptor of each file that it shows. One that cannot be written to will do until the
+        // client asks to write.
+        let writable = match window.known(&part.stat).filter(|known| known.is_writable() || !write) {
+            Some(known) => self.map_known(&part, &known),
+            None => self.map_anew(&part),
+        };
+        let writable = writable.map_err(no_retry)?;
+        self.note_mapped(node, &part.ask, writable, now);
         reply.empty()
     }
 
-    fn note_mapped(&self, nodeid: u64, ask: &SetupmappingIn, writable: bool) {
-        let (chunks, now) = (chunks(ask.moffset, ask.len), Instant::now());
+    fn note_mapped(&self, nodeid: u64, ask: &SetupmappingIn, writable: bool, now: Instant) {
+        let chunks = chunks(ask.moffset, ask.len);
         let too_small = self
             .counts
             .thrash
@@ -90,37 +98,74 @@ impl Server {
         }
     }
 
+    /// Maps a part of a file by the descriptor that the window has; returns whether it is writable. No file is opened and
+    /// nothing is allocated.
+    fn map_known(&self, part: &Part<'_>, known: &KnownFile) -> io::Result<bool> {
+        let Part { window, context, node, stat, ask, .. } = part;
+        if part.write {
+            self.kill_set_id(context, *node, stat)?;
+            kill_capabilities(known.fd())?;
+        }
+        let writable = part.may_write && known.is_writable();
+        window.map_known(ask.moffset, ask.foffset, ask.len, writable, known).map_err(refuse)?;
+        Ok(writable)
+    }
+
+    /// Opens a file and maps a part of it; returns whether it is writable.
+    fn map_anew(&self, part: &Part<'_>) -> io::Result<bool> {
+        let Part { window, context, node, stat, ask, .. } = part;
+        if part.write {
+            self.kill_privileges(context, *node, stat)?;
+        }
+        let map = |writable| {
+            let flags = if writable { READ | WRITE } else { READ };
+            let mut mapper = Mapper { window: Arc::clone(window), writable };
+            let (from, len, to) = (ask.foffset, ask.len, ask.moffset);
+            self.fs.setupmapping(context, *node, from, len, flags, to, &mut mapper).map(|()| writable)
+        };
+        match map(part.may_write) {
+            Err(error) if !part.write && denies_writing(&error) => map(false),
+            result => result,
+        }
+    }
+
     /// Unmaps what the client lists: a count of 4 bytes and, without padding, as many entries. The client reuses the
     /// ranges whatever the reply says.
-    pub(super) fn remove_mapping(&self, request: &mut Request<'_>, reply: &mut Reply<'_>) -> io::Result<u32> {
+    pub(super) fn remove_mapping(
+        &self,
+        request: &mut Request<'_>,
+        reply: &mut Reply<'_>,
+        now: Instant,
+    ) -> io::Result<u32> {
         let RemovemappingIn { count } = request.arg()?;
         let window = self.window.as_ref().ok_or_else(|| errno(libc::ENODEV))?;
-        if Some(request.left()) != (count as usize).checked_mul(size_of::<RemovemappingOne>()) {
+        let mut left = count as usize;
+        if Some(request.left()) != left.checked_mul(size_of::<RemovemappingOne>()) {
             return Err(errno(libc::EINVAL));
         }
-        let mut result = Ok(());
-        for _ in 0..count {
-            let RemovemappingOne { moffset, len } = request.arg()?;
-            let mapped = window.mapped_chunks();
-            // One bad entry does not keep the others mapped.
-            let unmapped = window.unmap(moffset, len).map_err(refuse);
-            if unmapped.is_ok() {
-                self.note_unmapped(chunks(moffset, len), mapped);
+        let mapped = window.mapped_chunks();
+        let unmapped = |chunks: Range<usize>| {
+            if let Some(thrash) = &self.counts.thrash {
+                thrash.unmapped(chunks.clone(), mapped);
             }
-            result = result.and(unmapped);
+            if let Some(accounts) = &self.counts.accounts {
+                accounts.unmapped(chunks, now);
+            }
+        };
+        let mut ranges = [(0, 0); ENTRIES_AT_ONCE];
+        let mut result = Ok(());
+        while left > 0 {
+            let ranges = &mut ranges[..left.min(ENTRIES_AT_ONCE)];
+            for range in &mut *ranges {
+                let RemovemappingOne { moffset, len } = request.arg()?;
+                *range = (moffset, len);
+            }
+            left -= ranges.len();
+            // One bad entry does not keep the others mapped.
+            result = result.and(window.unmap_all(ranges, unmapped).map_err(refuse));
         }
         result.map_err(no_retry)?;
         reply.empty()
-    }
-
-    /// Of `mapped` chunks that the window had mapped, some show nothing any more.
-    fn note_unmapped(&self, chunks: Range<usize>, mapped: u64) {
-        if let Some(thrash) = &self.counts.thrash {
-            thrash.unmapped(chunks.clone(), mapped);
-        }
-        if let Some(accounts) = &self.counts.accounts {
-            accounts.unmapped(chunks, Instant::now());
-        }
     }
 
     /// Takes from a file what a write must take: the set-id bits and the capabilities. The client leaves that to the
@@ -184,7 +229,28 @@ impl Server {
     }
 }
 
-/// The chunks of a range of the window that has been mapped or unmapped, and so is one.
+/// A part of a file that may be mapped.
+struct Part<'a> {
+    window: &'a Arc<DaxWindow>,
+    context: Context,
+    node: u64,
+    stat: libc::stat64,
+    ask: SetupmappingIn,
+    /// Whether the client asks to write.
+    write: bool,
+    /// Whether the mapping is to be writable, if the file can be opened so.
+    may_write: bool,
+}
+
+/// Takes the capabilities from a file.
+fn kill_capabilities(file: BorrowedFd<'_>) -> io::Result<()> {
+    match rustix::fs::fgetxattr(file, CAPABILITIES, &mut [0_u8; 0]) {
+        Ok(_) => Ok(rustix::fs::fremovexattr(file, CAPABILITIES)?),
+        Err(_) => Ok(()),
+    }
+}
+
+/// The chunks of a range of the window that has been mapped, and so is one.
 fn chunks(moffset: u64, len: u64) -> Range<usize> {
     (moffset >> CHUNK_SHIFT) as usize..((moffset + len) >> CHUNK_SHIFT) as usize
 }

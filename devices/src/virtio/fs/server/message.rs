@@ -8,9 +8,9 @@ use fuse_backend_rs::abi::fuse_abi::{InHeader, OutHeader};
 use fuse_backend_rs::api::filesystem::{ZeroCopyReader, ZeroCopyWriter};
 use fuse_backend_rs::file_buf::FileVolatileSlice;
 use fuse_backend_rs::file_traits::FileReadWriteVolatile;
-use fuse_backend_rs::transport::{Reader, VirtioFsWriter};
 use vm_memory::ByteValued;
 
+use super::buffers::Buffers;
 use crate::virtio::fs::inodes::host_node;
 
 /// The longest name of a file, in bytes (NAME_MAX).
@@ -30,15 +30,16 @@ pub(super) struct Request<'m> {
     pub(super) header: InHeader,
     /// Whether the node id that the client gave is that of a DAX inode.
     pub(super) dax: bool,
-    body: Reader<'m>,
+    body: Buffers<'m>,
     /// Bytes of the body that are not yet read.
     left: usize,
 }
 
 impl<'m> Request<'m> {
     /// Reads the header. `None` if there is none: then there is nothing to reply to either.
-    pub(super) fn parse(mut body: Reader<'m>) -> Option<Request<'m>> {
-        let mut header: InHeader = body.read_obj().ok()?;
+    pub(super) fn parse(mut body: Buffers<'m>) -> Option<Request<'m>> {
+        let mut header = InHeader::default();
+        body.read_exact(header.as_mut_slice()).ok()?;
         let left = (header.len as usize).saturating_sub(size_of::<InHeader>());
         let dax;
         (header.nodeid, dax) = host_node(header.nodeid);
@@ -51,11 +52,7 @@ impl<'m> Request<'m> {
     /// EINVAL if not.
     pub(super) fn check_length(&self) -> io::Result<()> {
         let long_enough = self.header.len as usize >= size_of::<InHeader>();
-        if long_enough && self.left <= self.body.available_bytes() {
-            Ok(())
-        } else {
-            Err(errno(libc::EINVAL))
-        }
+        if long_enough && self.left <= self.body.left() { Ok(()) } else { Err(errno(libc::EINVAL)) }
     }
 
     /// Bytes of the body that are not yet read.
@@ -69,7 +66,9 @@ impl<'m> Request<'m> {
     /// EINVAL if the request is too short.
     pub(super) fn arg<T: ByteValued>(&mut self) -> io::Result<T> {
         self.left = self.left.checked_sub(size_of::<T>()).ok_or_else(|| errno(libc::EINVAL))?;
-        self.body.read_obj().map_err(|_| errno(libc::EINVAL))
+        let mut arg = T::zeroed();
+        self.body.read_exact(arg.as_mut_slice()).map_err(|_| errno(libc::EINVAL))?;
+        Ok(arg)
     }
 
     /// Reads the rest into the start of `buffer`.
@@ -129,11 +128,11 @@ pub(super) fn check_name(name: &CStr) -> io::Result<&CStr> {
 }
 
 /// The payload of a write, which goes from guest memory to the file without a copy.
-pub(super) struct Payload<'r, 'm>(&'r mut Reader<'m>);
+pub(super) struct Payload<'r, 'm>(&'r mut Buffers<'m>);
 
 impl ZeroCopyReader for Payload<'_, '_> {
     fn read_to(&mut self, f: &mut dyn FileReadWriteVolatile, count: usize, off: u64) -> io::Result<usize> {
-        match self.0.read_to_at(&mut *f, count, off) {
+        match self.0.write_to(f, count, off) {
             Err(error) if is_missing(&error) => {
                 let mut bytes = vec![0; count];
                 let read = self.0.read(&mut bytes)?;
@@ -154,13 +153,13 @@ impl Read for Payload<'_, '_> {
 
 /// Where the reply goes. Nothing is written before all of it is known to fit, so that an error can always follow.
 pub(super) struct Reply<'m> {
-    writer: VirtioFsWriter<'m>,
+    writer: Buffers<'m>,
     unique: u64,
 }
 
 impl<'m> Reply<'m> {
     /// A reply to the request with this number.
-    pub(super) fn new(writer: VirtioFsWriter<'m>, unique: u64) -> Reply<'m> {
+    pub(super) fn new(writer: Buffers<'m>, unique: u64) -> Reply<'m> {
         Reply { writer, unique }
     }
 
@@ -170,7 +169,7 @@ impl<'m> Reply<'m> {
     /// EINVAL if the guest has left too little room, in which case nothing was written.
     pub(super) fn send(&mut self, parts: &[&[u8]]) -> io::Result<u32> {
         let len = parts.iter().fold(size_of::<OutHeader>(), |len, part| len + part.len());
-        if len > self.writer.available_bytes() {
+        if len > self.writer.left() {
             return Err(errno(libc::EINVAL));
         }
         self.header(len, 0)?;
@@ -199,7 +198,7 @@ impl<'m> Reply<'m> {
     /// Replies an error; returns 0 if the guest has left no room even for that.
     pub(super) fn error(&mut self, error: &io::Error) -> u32 {
         let code = error.raw_os_error().unwrap_or(libc::EIO);
-        if self.writer.available_bytes() < size_of::<OutHeader>() {
+        if self.writer.left() < size_of::<OutHeader>() {
             return 0;
         }
         self.header(size_of::<OutHeader>(), -code).map_or(0, |()| size_of::<OutHeader>() as u32)
@@ -210,7 +209,7 @@ impl<'m> Reply<'m> {
     /// # Errors
     /// EINVAL if there is no room for a header.
     pub(super) fn body(&mut self) -> io::Result<Body<'m>> {
-        self.writer.split_at(size_of::<OutHeader>()).map(Body).map_err(|_| errno(libc::EINVAL))
+        self.writer.split_off(size_of::<OutHeader>()).map(Body).ok_or_else(|| errno(libc::EINVAL))
     }
 
     /// Replies success after `written` bytes of the body.
@@ -236,13 +235,16 @@ fn is_missing(error: &io::Error) -> bool {
 }
 
 /// The body of a reply, which goes from the file to guest memory without a copy.
-pub(super) struct Body<'m>(VirtioFsWriter<'m>);
+pub(super) struct Body<'m>(Buffers<'m>);
 
 impl ZeroCopyWriter for Body<'_> {
     fn write_from(&mut self, f: &mut dyn FileReadWriteVolatile, count: usize, off: u64) -> io::Result<usize> {
-        match self.0.write_from_at(&mut *f, count, off) {
+        if count > self.0.left() {
+            return Err(errno(libc::EINVAL));
+        }
+        match self.0.read_from(f, count, off) {
             Err(error) if is_missing(&error) => {
-                let mut bytes = vec![0; count.min(self.0.available_bytes())];
+                let mut bytes = vec![0; count];
                 // SAFETY: the slice refers to `bytes`, which lives through the call and is used by nobody else.
                 let read =
                     f.read_at_volatile(unsafe { FileVolatileSlice::from_mut_slice(&mut bytes) }, off)?;
@@ -253,7 +255,7 @@ impl ZeroCopyWriter for Body<'_> {
     }
 
     fn available_bytes(&self) -> usize {
-        self.0.available_bytes()
+        self.0.left()
     }
 }
 
@@ -270,6 +272,6 @@ impl Write for Body<'_> {
 impl Body<'_> {
     /// Bytes written so far.
     pub(super) fn written(&self) -> usize {
-        self.0.bytes_written()
+        self.0.done()
     }
 }

@@ -7,6 +7,7 @@
 //! Nothing that a guest can send may panic, block for good or reach a file outside the share: see [`message`] for
 //! lengths and names, [`Server::dispatch`] for read-only shares.
 
+mod buffers;
 mod decide;
 mod directories;
 mod files;
@@ -30,10 +31,10 @@ use std::time::Instant;
 
 use fuse_backend_rs::api::filesystem::Context;
 use fuse_backend_rs::passthrough::{CachePolicy, Config, PassthroughFs};
-use fuse_backend_rs::transport::{Reader, VirtioFsWriter};
 use virtio_queue::DescriptorChain;
 use vm_memory::GuestMemoryMmap;
 
+use self::buffers::Buffers;
 use self::directories::Directories;
 use self::message::{Reply, Request, errno};
 use self::pseudo::PseudoFileSystems;
@@ -142,14 +143,13 @@ impl Server {
         memory: &GuestMemoryMmap,
         chain: DescriptorChain<&GuestMemoryMmap>,
     ) -> Result<u32, ChainError> {
-        let outside = |error| ChainError(format!("a request's buffer is not in guest memory: {error}"));
-        let reader = Reader::from_descriptor_chain(memory, chain.clone()).map_err(outside)?;
-        let writer = VirtioFsWriter::new(memory, chain).map_err(outside)?;
-        let Some(mut request) = Request::parse(reader) else {
+        let body = Buffers::new(memory, chain.clone().readable())?;
+        let room = Buffers::new(memory, chain.writable())?;
+        let Some(mut request) = Request::parse(body) else {
             tracing::debug!("a request is shorter than its header");
             return Ok(0);
         };
-        let mut reply = Reply::new(writer, request.header.unique);
+        let mut reply = Reply::new(room, request.header.unique);
         self.counts.request(request.header.opcode);
         let result = request.check_length().and_then(|()| self.dispatch(&mut request, &mut reply));
         Ok(result.unwrap_or_else(|error| {
@@ -215,9 +215,11 @@ impl Server {
             opcode::SETXATTR => self.setxattr(request, reply),
             opcode::REMOVEXATTR => self.removexattr(request, reply),
 
-            opcode::SETUPMAPPING => timed(&self.counts.setup_latency, || self.setup_mapping(request, reply)),
+            opcode::SETUPMAPPING => {
+                timed(&self.counts.setup_latency, |now| self.setup_mapping(request, reply, now))
+            }
             opcode::REMOVEMAPPING => {
-                timed(&self.counts.remove_latency, || self.remove_mapping(request, reply))
+                timed(&self.counts.remove_latency, |now| self.remove_mapping(request, reply, now))
             }
 
             opcode::IOCTL => self.ioctl(request, reply),
@@ -263,10 +265,10 @@ impl Server {
     }
 }
 
-/// Does something and counts how long that took.
-fn timed<T>(latency: &Histogram, work: impl FnOnce() -> T) -> T {
+/// Does something, which is told when it begins, and counts how long that took.
+fn timed<T>(latency: &Histogram, work: impl FnOnce(Instant) -> T) -> T {
     let start = Instant::now();
-    let result = work();
+    let result = work(start);
     latency.add(start.elapsed());
     result
 }

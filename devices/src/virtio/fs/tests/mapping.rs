@@ -122,6 +122,47 @@ fn a_writable_mapping_takes_the_set_id_bits() {
     assert_eq!(mode(&guest), 0o755);
 }
 
+/// The window keeps a descriptor of the file, and no file is opened for its further chunks; but nothing else is left out.
+#[test]
+fn further_mappings_are_like_the_first() {
+    // Capabilities, revision 2: CAP_CHOWN, permitted.
+    const CHOWN: [u8; 20] = [0, 0, 0, 2, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    const NAME: &str = "security.capability";
+    let (mut guest, file) = guest_with_file(Policy::Always, 4);
+    let path = guest.path("f");
+    guest.setupmapping(file, 0, 0, READ).unwrap();
+    let descriptors = descriptors_into(&guest.directory);
+    std::fs::set_permissions(&path, PermissionsExt::from_mode(0o4644)).unwrap();
+    let has_capabilities = rustix::fs::setxattr(&path, NAME, &CHOWN, rustix::fs::XattrFlags::empty()).is_ok();
+    if !has_capabilities {
+        eprintln!("SKIPPED in part: files cannot be given capabilities here");
+    }
+    let kept = |path: &std::path::Path| rustix::fs::getxattr(path, NAME, &mut [0; 32]).is_ok();
+    guest.setupmapping(file, CHUNK_SIZE, CHUNK_SIZE, READ).unwrap();
+    assert_eq!(
+        (path.metadata().unwrap().permissions().mode() & 0o7777, kept(&path)),
+        (0o4644, has_capabilities)
+    );
+    guest.setupmapping(file, 2 * CHUNK_SIZE, 2 * CHUNK_SIZE, READ | WRITE).unwrap();
+    assert_eq!((path.metadata().unwrap().permissions().mode() & 0o7777, kept(&path)), (0o644, false));
+
+    // It becomes a program: further chunks are read-only, until the client asks to write.
+    std::fs::set_permissions(&path, PermissionsExt::from_mode(0o755)).unwrap();
+    guest.setupmapping(file, 3 * CHUNK_SIZE, 5 * CHUNK_SIZE, READ).unwrap();
+    assert_eq!(mapped_permissions(&guest), ["rw-s", "r--s"]);
+    guest.setupmapping(file, 3 * CHUNK_SIZE, 5 * CHUNK_SIZE, READ | WRITE).unwrap();
+    assert_eq!(mapped_permissions(&guest), ["rw-s", "rw-s"]);
+    for chunk in [0, 1, 2] {
+        assert_eq!(guest.window(chunk * CHUNK_SIZE), [b'f', chunk as u8]);
+    }
+    assert_eq!(guest.window(5 * CHUNK_SIZE), [b'f', 3]);
+    assert_eq!(descriptors_into(&guest.directory), descriptors);
+    let counters = guest.counters();
+    assert_eq!(counters.window.unwrap().upgraded_chunks, 1);
+    guest.removemapping(1, &[(0, MIN_WINDOW_SIZE)]).unwrap();
+    assert_eq!(descriptors_into(&guest.directory), descriptors - 1);
+}
+
 #[test]
 fn the_policy_is_asked_again() {
     let always_client = PER_FILE & !init::HAS_INODE_DAX;

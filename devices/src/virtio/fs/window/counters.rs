@@ -84,9 +84,8 @@ impl Counts {
         self.failed_setups.fetch_add(1, Relaxed);
     }
 
-    pub(super) fn unmapped(&self, chunks: u64) {
-        self.gone(chunks);
-        self.removes.fetch_add(1, Relaxed);
+    pub(super) fn unmapped(&self, entries: u64) {
+        self.removes.fetch_add(entries, Relaxed);
     }
 
     pub(super) fn cleared(&self, chunks: u64) {

@@ -3,7 +3,9 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 
 use super::CHUNK_SIZE;
 
@@ -39,10 +41,12 @@ pub(super) fn look(fd: BorrowedFd<'_>) -> io::Result<(FileKey, u64)> {
 pub(super) struct MappedFile {
     pub(super) key: FileKey,
     /// To map its pages again; writable if any of its chunks ever was.
-    pub(super) file: File,
+    pub(super) file: Arc<File>,
     pub(super) is_writable: bool,
     /// Chunks that show it.
     pub(super) chunks: u64,
+    /// The window's chunks among which those are.
+    pub(super) within: Range<usize>,
     /// The watch on it, if the host gave one.
     pub(super) watch: Option<i32>,
     /// The largest size that the guest may believe it has, as far as the window has seen, in bytes.
@@ -100,6 +104,11 @@ impl Files {
         number
     }
 
+    /// Whether this is the number of this file.
+    pub(super) fn is_there(&self, number: usize, key: FileKey) -> bool {
+        self.slots.get(number).and_then(Option::as_ref).is_some_and(|file| file.key == key)
+    }
+
     /// A file that the table names.
     pub(super) fn get(&mut self, number: usize) -> Option<&mut MappedFile> {
         self.slots.get_mut(number)?.as_mut()
@@ -128,9 +137,10 @@ impl MappedFile {
     pub(super) fn new(key: FileKey, size: u64, writable: bool, fd: BorrowedFd<'_>) -> io::Result<MappedFile> {
         Ok(MappedFile {
             key,
-            file: fd.try_clone_to_owned()?.into(),
+            file: Arc::new(fd.try_clone_to_owned()?.into()),
             is_writable: writable,
             chunks: 0,
+            within: 0..0,
             watch: None,
             believed: size,
             end: None,
@@ -146,10 +156,27 @@ impl MappedFile {
     /// EMFILE.
     pub(super) fn make_writable(&mut self, fd: BorrowedFd<'_>) -> io::Result<()> {
         if !self.is_writable {
-            self.file = fd.try_clone_to_owned()?.into();
+            self.file = Arc::new(fd.try_clone_to_owned()?.into());
             self.is_writable = true;
         }
         Ok(())
+    }
+
+    /// Notes that chunks of the window are about to show it.
+    pub(super) fn add_chunks(&mut self, chunks: Range<usize>) {
+        self.within = match self.chunks {
+            0 => chunks.clone(),
+            _ => self.within.start.min(chunks.start)..self.within.end.max(chunks.end),
+        };
+        self.chunks += chunks.len() as u64;
+    }
+
+    /// Whether a part from `offset` on can be mapped without a look at its size: changes are reported and looked at, none
+    /// of them has made it shorter, and the part does not lie behind the end that it had last. While the guest itself
+    /// changes the size, nobody looks.
+    pub(super) fn is_followed(&self, offset: u64) -> bool {
+        let is_whole = self.end.is_none() && !self.is_damaged && offset < end_of(self.believed);
+        self.resizing > 0 || self.watch.is_some() && is_whole
     }
 
     /// Notes its size as the host says it now; returns where it ends in the window from now on.
@@ -209,7 +236,7 @@ mod tests {
         let (first, second) = (mapped(1), mapped(2));
         let keys = [first.key, second.key];
         let (first, second) = (files.add(first), files.add(second));
-        files.get(first).unwrap().chunks = 3;
+        files.get(first).unwrap().add_chunks(4..7);
         assert!(files.release(first, 2).is_none());
         assert_eq!(files.find(keys[0]), Some(first));
         assert!(files.release(first, 1).is_some());

@@ -18,8 +18,10 @@ mod tests;
 mod watch;
 
 use std::collections::BTreeSet;
+use std::fs::File;
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, Weak};
@@ -102,6 +104,26 @@ impl WindowError {
 /// Files change on the host while they are mapped. docs/window.md says what the window does then.
 pub struct DaxWindow(Arc<Shared>);
 
+/// A file that shows in the window, or did a moment ago.
+pub struct KnownFile {
+    key: FileKey,
+    number: usize,
+    file: Arc<File>,
+    is_writable: bool,
+}
+
+impl KnownFile {
+    /// The window's descriptor of it.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+
+    /// Whether that is open for writing, too.
+    pub fn is_writable(&self) -> bool {
+        self.is_writable
+    }
+}
+
 /// A checked range of chunks.
 #[derive(Clone, Copy)]
 struct Chunks {
@@ -110,6 +132,21 @@ struct Chunks {
 }
 
 impl Chunks {
+    /// Those of a range in bytes, which has been checked.
+    fn of(start: u64, len: u64) -> Chunks {
+        Chunks { first: (start >> CHUNK_SHIFT) as usize, count: (len >> CHUNK_SHIFT) as usize }
+    }
+
+    /// The number of the first one behind it.
+    fn end(self) -> usize {
+        self.first + self.count
+    }
+
+    /// Their numbers.
+    fn range(self) -> Range<usize> {
+        self.first..self.end()
+    }
+
     /// Where it starts in the window, in bytes.
     fn start(self) -> u64 {
         (self.first as u64) << CHUNK_SHIFT
@@ -184,12 +221,44 @@ impl DaxWindow {
         writable: bool,
         fd: BorrowedFd<'_>,
     ) -> Result<(), WindowError> {
+        self.map_as(moffset, foffset, len, writable, fd, None)
+    }
+
+    /// The same for a file that shows in the window already, as a rule with a single system call.
+    ///
+    /// # Errors
+    /// As [`DaxWindow::map`].
+    pub fn map_known(
+        &self,
+        moffset: u64,
+        foffset: u64,
+        len: u64,
+        writable: bool,
+        file: &KnownFile,
+    ) -> Result<(), WindowError> {
+        self.map_as(moffset, foffset, len, writable, file.fd(), Some(file))
+    }
+
+    fn map_as(
+        &self,
+        moffset: u64,
+        foffset: u64,
+        len: u64,
+        writable: bool,
+        fd: BorrowedFd<'_>,
+        known: Option<&KnownFile>,
+    ) -> Result<(), WindowError> {
         let result = self.check(moffset, foffset, len);
-        let result = result.and_then(|chunks| self.0.map(chunks, foffset, writable, fd));
+        let result = result.and_then(|chunks| self.0.map(chunks, foffset, writable, fd, known));
         if result.is_err() {
             self.0.counts.map_failed();
         }
         result
+    }
+
+    /// The file that `stat` is of, if any of its chunks are mapped.
+    pub fn known(&self, stat: &libc::stat64) -> Option<KnownFile> {
+        self.0.known(FileKey::of(stat))
     }
 
     fn check(&self, moffset: u64, foffset: u64, len: u64) -> Result<Chunks, WindowError> {
@@ -206,8 +275,38 @@ impl DaxWindow {
     /// # Errors
     /// [`WindowError`].
     pub fn unmap(&self, moffset: u64, len: u64) -> Result<(), WindowError> {
-        let chunks = self.chunks(moffset, len)?;
-        self.0.unmap(chunks).map_err(WindowError::Map)
+        self.unmap_all(&mut [(moffset, len)], |_| ())
+    }
+
+    /// Does the same for many ranges, of an offset and a length each, in any order and as often as they like: what lies
+    /// side by side becomes a hole together. `unmapped` is told the chunks of each hole. The ranges are sorted.
+    ///
+    /// # Errors
+    /// [`WindowError`] for a range that cannot be unmapped; the others are.
+    pub fn unmap_all(
+        &self,
+        ranges: &mut [(u64, u64)],
+        mut unmapped: impl FnMut(Range<usize>),
+    ) -> Result<(), WindowError> {
+        ranges.sort_unstable();
+        let checked = || ranges.iter().map(|(moffset, len)| self.chunks(*moffset, *len));
+        let mut result = checked().find_map(Result::err).map_or(Ok(()), Err);
+        let mut rest = checked().flatten().peekable();
+        while let Some(mut hole) = rest.next() {
+            let mut entries = 1;
+            while let Some(next) = rest.next_if(|next| next.first <= hole.end()) {
+                hole.count = hole.end().max(next.end()) - hole.first;
+                entries += 1;
+            }
+            match self.0.unmap(hole) {
+                Ok(()) => {
+                    self.0.counts.unmapped(entries);
+                    unmapped(hole.range());
+                }
+                Err(error) => result = result.and(Err(WindowError::Map(error))),
+            }
+        }
+        result
     }
 
     /// Makes the whole window a hole: a session with the guest's driver has ended.
@@ -279,10 +378,7 @@ impl DaxWindow {
             return Err(WindowError::Unaligned { what: "the length", value: 0 });
         }
         match moffset.checked_add(len) {
-            Some(end) if end <= self.0.size => {
-                let (first, count) = (moffset >> CHUNK_SHIFT, len >> CHUNK_SHIFT);
-                Ok(Chunks { first: first as usize, count: count as usize })
-            }
+            Some(end) if end <= self.0.size => Ok(Chunks::of(moffset, len)),
             _ => Err(WindowError::OutOfWindow { moffset, len, size: self.0.size }),
         }
     }

@@ -153,7 +153,7 @@ impl Shared {
         {
             end += PAGE;
         }
-        if let Err(error) = self.punch(page, end - page, libc::MAP_FIXED) {
+        if let Err(error) = self.scratch_over(page, end - page) {
             return Repair::Impossible(format!("the window cannot be mapped: {error}"));
         }
         file.has_failed = true;
@@ -208,7 +208,7 @@ impl Shared {
             true => replace(self.address(page), PAGE as usize, Backing::Blank).map(|_| {
                 state.copies.insert(page);
             }),
-            false => self.punch(page, chunk.end - page, libc::MAP_FIXED).map(|()| {
+            false => self.scratch_over(page, chunk.end - page).map(|()| {
                 state.copies.retain(|copy| !(page..chunk.end).contains(copy));
             }),
         };

@@ -16,6 +16,13 @@ use super::CHUNK_SIZE;
 /// (vm.max_map_count), and the chunks that are mapped need one each.
 const MOST_MAPPINGS: u64 = 256;
 
+/// What it shows repeats after so many bytes at least, so that neighbours that become holes together are one mapping.
+const LEAST_SPAN: u64 = 32 << 20;
+
+/// A mapping that is a part of a hole: its offset in the window, its offset in the scratch memory, and its length, in
+/// bytes.
+pub(super) type Piece = (u64, u64, u64);
+
 /// The memory behind a window's holes; what it shows repeats every [`Scratch::span`] bytes.
 pub(super) struct Scratch {
     file: File,
@@ -28,7 +35,7 @@ impl Scratch {
     /// # Errors
     /// ENFILE and EMFILE, if there are no descriptors.
     pub(super) fn new(size: u64) -> io::Result<Scratch> {
-        let span = size.div_ceil(MOST_MAPPINGS).next_multiple_of(CHUNK_SIZE);
+        let span = size.div_ceil(MOST_MAPPINGS).max(LEAST_SPAN).next_multiple_of(CHUNK_SIZE);
         // SAFETY: the name is a C string; no flag asks for anything else.
         let fd = unsafe { libc::memfd_create(c"daxvm-window-holes".as_ptr(), libc::MFD_CLOEXEC) };
         if fd < 0 {
@@ -40,9 +47,8 @@ impl Scratch {
         Ok(Scratch { file, span })
     }
 
-    /// The mappings that make a hole of `len` bytes at `offset` of the window, which are multiples of 2 MiB: for each its
-    /// offset in the window, its offset in the scratch memory, and its length, in bytes.
-    pub(super) fn pieces(&self, offset: u64, len: u64) -> impl Iterator<Item = (u64, u64, u64)> {
+    /// The mappings that make a hole of `len` bytes at `offset` of the window, multiples of 2 MiB.
+    pub(super) fn pieces(&self, offset: u64, len: u64) -> impl Iterator<Item = Piece> + use<> {
         let (span, end) = (self.span, offset + len);
         std::iter::successors(Some(offset), move |at| Some((at / span + 1) * span))
             .take_while(move |at| *at < end)
@@ -82,14 +88,14 @@ mod tests {
 
     #[test]
     fn pieces_cover_a_hole_and_repeat() {
-        let scratch = Scratch::new(512 * CHUNK).unwrap();
+        let scratch = Scratch::new(8192 * CHUNK).unwrap();
         let pieces = |offset, len| scratch.pieces(offset * CHUNK, len * CHUNK).collect::<Vec<_>>();
-        assert_eq!(pieces(3, 1), [(3 * CHUNK, CHUNK, CHUNK)]);
+        assert_eq!(pieces(33, 1), [(33 * CHUNK, CHUNK, CHUNK)]);
         assert_eq!(
-            pieces(3, 4),
-            [(3 * CHUNK, CHUNK, CHUNK), (4 * CHUNK, 0, 2 * CHUNK), (6 * CHUNK, 0, CHUNK)]
+            pieces(31, 34),
+            [(31 * CHUNK, 31 * CHUNK, CHUNK), (32 * CHUNK, 0, 32 * CHUNK), (64 * CHUNK, 0, CHUNK)]
         );
-        assert_eq!(pieces(0, 512).len(), 256);
+        assert_eq!(pieces(0, 8192).len(), 256);
     }
 
     #[test]

@@ -4,17 +4,17 @@ use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
-use std::sync::{Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::counters::Counts;
-use super::files::{Files, MappedFile, end_of, look, shown};
+use super::files::{FileKey, Files, MappedFile, end_of, look, shown};
 use super::guard::Guard;
 use super::lost::LostFiles;
 use super::mmap::{Backing, give_back, replace};
-use super::scratch::Scratch;
+use super::scratch::{Piece, Scratch};
 use super::table::{ChunkTable, Mapped};
 use super::watch::Watcher;
-use super::{CHUNK_SHIFT, CHUNK_SIZE, Chunks, WindowError};
+use super::{CHUNK_SHIFT, CHUNK_SIZE, Chunks, KnownFile, WindowError};
 
 /// What the window and the watcher share. The table, the files and the address space agree whenever the lock is free.
 pub(super) struct Shared {
@@ -69,11 +69,21 @@ impl Shared {
         offset: u64,
         writable: bool,
         fd: BorrowedFd<'_>,
+        known: Option<&KnownFile>,
     ) -> Result<(), WindowError> {
+        let len = chunks.bytes();
+        {
+            let mut state = self.lock();
+            let known = known.filter(|known| state.files.is_there(known.number, known.key));
+            if let Some(number) = known.map(|known| known.number)
+                && state.files.get(number).is_some_and(|file| file.is_followed(offset))
+            {
+                return self.show(&mut state, chunks, Mapped { file: number, offset, writable }, fd);
+            }
+        }
         let _looking = self.looking();
         let mut state = self.lock();
         let (number, size) = self.adopt(&mut state, writable, fd).map_err(WindowError::Map)?;
-        let len = chunks.bytes();
         let beyond = state.files.get(number).filter(|file| file.resizing == 0 && offset >= end_of(size));
         if let Some(file) = beyond {
             // The guest maps nothing behind what it believes to be the end: the file was longer when it asked last.
@@ -83,6 +93,18 @@ impl Shared {
             }
         }
         self.follow(&mut state, number, size);
+        self.show(&mut state, chunks, Mapped { file: number, offset, writable }, fd)
+    }
+
+    /// Maps a part of a file that the window has, as much of it as the file has.
+    fn show(
+        &self,
+        state: &mut State,
+        chunks: Chunks,
+        what: Mapped,
+        fd: BorrowedFd<'_>,
+    ) -> Result<(), WindowError> {
+        let (Mapped { file: number, offset, writable }, len) = (what, chunks.bytes());
         let part = state.files.get(number).map_or(len, |file| file.shown(offset, len));
         if part > 0 {
             let backing = Backing::File { fd: fd.as_raw_fd(), offset: offset as i64, writable };
@@ -91,9 +113,9 @@ impl Shared {
                 // gap must be closed at once, or something else of the process would come to lie in the window. Where
                 // the old mapping is whole, this says EEXIST and does nothing.
                 if self.punch(chunks.start(), len, libc::MAP_FIXED_NOREPLACE).is_ok() {
-                    self.counts.gone(self.forget_chunks(&mut state, chunks));
+                    self.counts.gone(self.forget_chunks(state, chunks));
                 }
-                self.close_if_unused(&mut state, number);
+                self.close_if_unused(state, number);
                 if error.raw_os_error() == Some(libc::ENOMEM) {
                     self.note_full();
                 }
@@ -105,7 +127,7 @@ impl Shared {
             is_whole = self.blank(chunks.start() + part, len - part).is_ok();
         }
         state.forget_copies(chunks.start(), len);
-        self.note_mapped(&mut state, chunks, Mapped { file: number, offset, writable }, fd);
+        self.note_mapped(state, chunks, what, fd);
         if let Some(file) = state.files.get(number) {
             file.is_damaged |= !is_whole;
         }
@@ -134,7 +156,7 @@ impl Shared {
     fn note_mapped(&self, state: &mut State, chunks: Chunks, what: Mapped, fd: BorrowedFd<'_>) {
         let State { table, files, .. } = state;
         if let Some(file) = files.get(what.file) {
-            file.chunks += chunks.count as u64;
+            file.add_chunks(chunks.range());
             // Without it the file could not be shown writable again after it was short. There is one, as a rule.
             if what.writable
                 && let Err(error) = file.make_writable(fd)
@@ -146,13 +168,28 @@ impl Shared {
         self.counts.mapped(change);
     }
 
+    /// The file that is named so, if the window has it.
+    pub(super) fn known(&self, key: FileKey) -> Option<KnownFile> {
+        let mut state = self.lock();
+        let number = state.files.find(key)?;
+        let MappedFile { file, is_writable, .. } = state.files.get(number)?;
+        Some(KnownFile { key, number, file: Arc::clone(file), is_writable: *is_writable })
+    }
+
     /// Makes a hole of chunks; see [`super::DaxWindow::unmap`].
     pub(super) fn unmap(&self, chunks: Chunks) -> io::Result<()> {
         let mut state = self.lock();
-        self.punch(chunks.start(), chunks.bytes(), libc::MAP_FIXED)?;
-        state.forget_copies(chunks.start(), chunks.bytes());
-        self.counts.unmapped(self.forget_chunks(&mut state, chunks));
-        Ok(())
+        let mut result = Ok(());
+        for piece in self.scratch.pieces(chunks.start(), chunks.bytes()) {
+            let punched = self.punch_piece(piece, libc::MAP_FIXED);
+            if punched.is_ok() {
+                let (start, _, len) = piece;
+                state.forget_copies(start, len);
+                self.counts.gone(self.forget_chunks(&mut state, Chunks::of(start, len)));
+            }
+            result = result.and(punched);
+        }
+        result
     }
 
     /// Makes everything a hole; see [`super::DaxWindow::clear`].
@@ -222,7 +259,7 @@ impl Shared {
         if old == new && !is_damaged {
             return change;
         }
-        for (chunk, at) in table.of_file(number) {
+        for (chunk, at) in table.of_file(number, file.within.clone(), file.chunks) {
             let start = (chunk as u64) << CHUNK_SHIFT;
             let (before, after) = (shown(old, at.offset, CHUNK_SIZE), shown(new, at.offset, CHUNK_SIZE));
             change.lost += before.saturating_sub(after) / super::files::PAGE;
@@ -276,13 +313,19 @@ impl Shared {
         replace(self.address(at), len as usize, Backing::Zeros).map(drop)
     }
 
-    /// Makes a hole of bytes, whole pages; `placement` is MAP_FIXED or MAP_FIXED_NOREPLACE, as in mmap(2).
+    /// Makes a hole of whole chunks; `placement` is MAP_FIXED or MAP_FIXED_NOREPLACE, as in mmap(2).
     pub(super) fn punch(&self, at: u64, len: u64, placement: i32) -> io::Result<()> {
-        for (at, offset, len) in self.scratch.pieces(at, len) {
-            let backing = Backing::Hole { fd: self.scratch.fd(), offset: offset as i64, placement };
-            replace(self.address(at), len as usize, backing)?;
-        }
-        Ok(())
+        self.scratch.pieces(at, len).try_for_each(|piece| self.punch_piece(piece, placement))
+    }
+
+    /// Puts scratch memory in a part of a chunk, whole pages: the same 2 MiB in all chunks.
+    pub(super) fn scratch_over(&self, at: u64, len: u64) -> io::Result<()> {
+        self.punch_piece((at, at % CHUNK_SIZE, len), libc::MAP_FIXED)
+    }
+
+    fn punch_piece(&self, (at, offset, len): Piece, placement: i32) -> io::Result<()> {
+        let backing = Backing::Hole { fd: self.scratch.fd(), offset: offset as i64, placement };
+        replace(self.address(at), len as usize, backing).map(drop)
     }
 
     fn note_lost(&self, file: &MappedFile, pages: u64) {

@@ -1,5 +1,7 @@
 //! What is mapped where: the state of each chunk of the window.
 
+use std::ops::Range;
+
 use super::CHUNK_SIZE;
 
 /// A chunk that shows no file. Every other state has [`MAPPED`] set.
@@ -55,10 +57,16 @@ impl ChunkTable {
         decode(*self.chunks.get(chunk)?)
     }
 
-    /// The chunks that show a file, with their numbers.
-    pub(super) fn of_file(&self, file: usize) -> impl Iterator<Item = (usize, Mapped)> {
-        let all = self.chunks.iter().enumerate();
-        all.filter_map(|(chunk, word)| Some((chunk, decode(*word)?))).filter(move |(_, at)| at.file == file)
+    /// The chunks that show a file, with their numbers: `count` of them, all among those of `within`.
+    pub(super) fn of_file(
+        &self,
+        file: usize,
+        within: Range<usize>,
+        count: u64,
+    ) -> impl Iterator<Item = (usize, Mapped)> {
+        let all = within.clone().zip(self.chunks.get(within).unwrap_or_default());
+        let mapped = all.filter_map(|(chunk, word)| Some((chunk, decode(*word)?)));
+        mapped.filter(move |(_, at)| at.file == file).take(count as usize)
     }
 
     /// Notes that `count` chunks from number `first` show what `what` says of the first of them and the rest of the file

@@ -23,6 +23,15 @@ fn file(mark: u8, chunks: u64) -> File {
     file
 }
 
+fn stat(file: &File) -> libc::stat64 {
+    // SAFETY: an all-zero structure is valid, and fstat64(2) fills it.
+    unsafe {
+        let mut stat = std::mem::zeroed();
+        assert_eq!(libc::fstat64(file.as_raw_fd(), &mut stat), 0);
+        stat
+    }
+}
+
 fn peek(window: &DaxWindow, offset: u64) -> [u8; 2] {
     assert!(offset + 2 <= window.size());
     // SAFETY: the bytes lie in the window, and every file that the tests map is long enough.
@@ -86,12 +95,12 @@ fn pages_that_are_not_there_are_replaced_while_they_are_touched() {
 
 #[test]
 fn what_is_written_to_holes_stays_there_and_is_forgotten() {
-    let window = DaxWindow::new(SIZE).unwrap();
+    let window = DaxWindow::new(4 * SIZE).unwrap();
     let file = file(6, 1);
-    for chunk in 0..CHUNKS {
+    for chunk in 0..4 * CHUNKS {
         poke(&window, chunk * CHUNK_SIZE + 64, [1, 2]);
     }
-    assert_eq!(window.counters().stray_bytes, 4096, "holes share their memory");
+    assert_eq!(window.counters().stray_bytes, CHUNKS * 4096, "holes share their memory");
     window.map(0, 0, CHUNK_SIZE, true, file.as_fd()).unwrap();
     assert_eq!((peek(&window, 0), peek(&window, 64)), ([6, 1], [0, 0]));
     window.clear().unwrap();
@@ -248,13 +257,38 @@ fn clear_and_drop_let_go_of_the_files() {
     assert_eq!((window.counters().mapped_chunks, window.counters().cleared_chunks), (0, 2));
 }
 
+#[test]
+fn a_known_file_is_mapped_by_the_windows_descriptor() {
+    let window = DaxWindow::new(SIZE).unwrap();
+    let file = file(5, 4);
+    let stat = stat(&file);
+    assert!(window.known(&stat).is_none());
+    window.map(0, 0, CHUNK_SIZE, true, file.as_fd()).unwrap();
+    let known = window.known(&stat).unwrap();
+    drop(file);
+    window.map_known(CHUNK_SIZE, CHUNK_SIZE, 2 * CHUNK_SIZE, known.is_writable(), &known).unwrap();
+    assert_eq!([0, 1, 2].map(|chunk| peek(&window, chunk * CHUNK_SIZE)), [[5, 1], [5, 2], [5, 3]]);
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let start =
+        format!("{:x}-{:x} rw-s", window.host_address() as usize, window.host_address() as usize + 3 * CHUNK);
+    assert!(maps.contains(&start), "one mapping of the process holds them all");
+    // It may have gone meanwhile, and its number may be another file's.
+    window.unmap(0, SIZE).unwrap();
+    assert!(window.known(&stat).is_none());
+    let other = self::file(6, 1);
+    window.map(0, 0, CHUNK_SIZE, true, other.as_fd()).unwrap();
+    window.map_known(CHUNK_SIZE, 3 * CHUNK_SIZE, CHUNK_SIZE, false, &known).unwrap();
+    assert_eq!((peek(&window, 0), peek(&window, CHUNK_SIZE)), ([6, 1], [5, 4]));
+    assert_eq!(permissions(window.host_address().wrapping_add(CHUNK)), "r--s");
+}
+
 /// Random requests, good and bad, against a model that keeps a mark for each chunk.
 #[test]
 fn it_agrees_with_a_model() {
     let window = DaxWindow::new(SIZE).unwrap();
     let files = [file(1, 8), file(2, 8), file(3, 8)];
     let mut model = vec![[0u8; 2]; CHUNKS as usize];
-    let mut setups = 0;
+    let (mut setups, mut removes) = (0, 0);
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     let mut random = |below: u64| {
         state ^= state << 13;
@@ -268,14 +302,34 @@ fn it_agrees_with_a_model() {
         let valid = count > 0 && first + count <= CHUNKS;
         let range = first as usize..(first + count) as usize;
         if random(3) == 0 {
-            assert_eq!(window.unmap(moffset, len).is_ok(), valid);
-            if valid {
+            // Others with it, some of which are bad, overlap, or are the same.
+            let mut ranges = vec![(moffset, len)];
+            ranges.extend(
+                (0..random(5)).map(|_| (random(2 * CHUNKS + 2) * CHUNK_SIZE / 2, random(3) * CHUNK_SIZE)),
+            );
+            let is_valid = |&(moffset, len): &(u64, u64)| {
+                len > 0 && moffset.is_multiple_of(CHUNK_SIZE) && moffset + len <= SIZE
+            };
+            let mut holes = vec![];
+            let done = window.unmap_all(&mut ranges, |hole| holes.push(hole));
+            assert_eq!(done.is_ok(), ranges.iter().all(is_valid));
+            assert!(holes.is_sorted_by(|a, b| a.end < b.start), "what touches is one hole: {holes:?}");
+            for (moffset, len) in ranges.iter().copied().filter(is_valid) {
+                let range = (moffset / CHUNK_SIZE) as usize..((moffset + len) / CHUNK_SIZE) as usize;
+                assert!(holes.iter().any(|hole| hole.start <= range.start && range.end <= hole.end));
                 model[range].fill([0, 0]);
             }
+            removes += ranges.iter().filter(|range| is_valid(range)).count() as u64;
         } else {
             let (file, start) = (random(3), random(4));
             let writable = random(2) == 0;
-            let map = window.map(moffset, start * CHUNK_SIZE, len, writable, files[file as usize].as_fd());
+            let (source, foffset) = (&files[file as usize], start * CHUNK_SIZE);
+            let known = window.known(&stat(source));
+            assert_eq!(known.is_some(), model.iter().any(|chunk| chunk[0] == file as u8 + 1));
+            let map = match known.filter(|known| known.is_writable() || !writable) {
+                Some(known) => window.map_known(moffset, foffset, len, writable, &known),
+                None => window.map(moffset, foffset, len, writable, source.as_fd()),
+            };
             assert_eq!(map.is_ok(), valid);
             if valid {
                 setups += 1;
@@ -291,7 +345,7 @@ fn it_agrees_with_a_model() {
         assert_eq!(peek(&window, chunk as u64 * CHUNK_SIZE), *expected, "chunk {chunk}");
     }
     let counters = window.counters();
-    assert_eq!(counters.setup_mappings, setups);
+    assert_eq!((counters.setup_mappings, counters.remove_mappings), (setups, removes));
     assert!(
         counters.upgraded_chunks > 0 && counters.overlaid_chunks > 0 && counters.failed_setup_mappings > 0
     );

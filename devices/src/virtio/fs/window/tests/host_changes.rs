@@ -53,15 +53,6 @@ pub(super) fn wait_for(what: &str, is_so: impl Fn() -> bool) {
     }
 }
 
-fn stat(file: &File) -> libc::stat64 {
-    // SAFETY: an all-zero structure is valid, and fstat64(2) fills it.
-    unsafe {
-        let mut stat = std::mem::zeroed();
-        assert_eq!(libc::fstat64(file.as_raw_fd(), &mut stat), 0);
-        stat
-    }
-}
-
 #[test]
 fn a_file_that_shrinks_shows_zeros_and_its_data_again_when_it_grows() {
     for place in places() {
@@ -102,6 +93,43 @@ fn a_file_that_shrinks_shows_zeros_and_its_data_again_when_it_grows() {
         assert_eq!((counters.lost_files, counters.replaced_pages, counters.failed_pages), (1, 0, 0));
         assert_eq!(window.lost_paths(), [file.path().to_str().unwrap()]);
         assert!(!window.has_short_files());
+    }
+}
+
+/// Nobody looks at the size of a file that is watched before more of it is mapped.
+#[test]
+fn files_that_are_known_change_like_others() {
+    for place in places() {
+        let window = DaxWindow::new(SIZE).unwrap();
+        let file = numbered(&place, 512);
+        window.map(0, 0, CHUNK_SIZE, true, file.as_file().as_fd()).unwrap();
+        let known = window.known(&stat(file.as_file())).unwrap();
+        let map = |chunk| window.map_known(chunk * CHUNK_SIZE, CHUNK_SIZE, CHUNK_SIZE, true, &known).unwrap();
+        let second = |chunk: u64, number: u64| page(&window, chunk * 512 + number - 512);
+
+        file.as_file().set_len(1024 * PAGE).unwrap();
+        number(file.as_file(), 512, 1024);
+        map(1);
+        assert_eq!((second(1, 512), second(1, 1023)), (mark(512), mark(1023)), "behind the end that it had");
+        assert_eq!(window.counters().lost_pages, 0);
+
+        // At once, as a rule before anybody has heard of the change; and when it is known.
+        file.as_file().set_len(600 * PAGE).unwrap();
+        map(2);
+        wait_for("lost", || window.counters().lost_pages == 2 * 424);
+        map(3);
+        for chunk in [1, 2, 3] {
+            assert_eq!((second(chunk, 599), second(chunk, 600), second(chunk, 1023)), (mark(599), 0, 0));
+        }
+        assert_eq!(window.repair(3 * CHUNK_SIZE + 200 * PAGE, false), Repair::Unneeded);
+
+        file.as_file().set_len(1024 * PAGE).unwrap();
+        number(file.as_file(), 600, 1024);
+        map(4);
+        assert_eq!(second(4, 1023), mark(1023), "a file that is short is looked at");
+        wait_for("whole", || !window.has_short_files());
+        assert_eq!([1, 2, 3, 4].map(|chunk| second(chunk, 700)), [mark(700); 4]);
+        assert_eq!((window.counters().replaced_pages, window.counters().failed_pages), (0, 0));
     }
 }
 

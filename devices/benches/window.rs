@@ -1,0 +1,240 @@
+//! What it costs to map and unmap chunks: SETUPMAPPING and REMOVEMAPPING through the queues of a device, and the parts of
+//! that, with windows from 16 chunks to 131,072. A table with the parts follows the measurements; docs/window.md says how
+//! to read it.
+//!
+//! Queues are filled before their bell is rung, so that a thread that has to wake up counts once for many requests.
+
+mod fuse_client;
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use criterion::{Criterion, SamplingMode, criterion_group, criterion_main};
+use devices::virtio::fs::window::{CHUNK_SIZE, DaxWindow};
+use fuse_client::{Access, Client, IN_FLIGHT, MOST_ENTRIES};
+
+/// Windows, in chunks: the smallest one, 2 GiB, and the largest one.
+const WINDOWS: [u64; 3] = [16, 1024, 131_072];
+
+/// Chunks that are mapped at a time: all of a small window, and so few of a large one that the mappings of a process
+/// suffice, wherever they are.
+const MOST_CHUNKS: u64 = 4096;
+
+/// Nanoseconds for each operation, by the name of the measurement, all samples.
+static RESULTS: Mutex<BTreeMap<String, Vec<f64>>> = Mutex::new(BTreeMap::new());
+
+/// Measures an operation. `work` does it as often as it likes at once, up to the number that it is given; it returns how
+/// often, and how long that took.
+fn measure(c: &mut Criterion, name: &str, mut work: impl FnMut(u64) -> (u64, Duration)) {
+    let mut group = c.benchmark_group("window");
+    group.sampling_mode(SamplingMode::Flat).sample_size(20);
+    group.warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_millis(1500));
+    group.bench_function(name, |b| {
+        b.iter_custom(|count| {
+            let (mut done, mut time) = (0, Duration::ZERO);
+            while done < count {
+                let (some, took) = work(count - done);
+                (done, time) = (done + some, time + took);
+            }
+            let mut results = RESULTS.lock().unwrap_or_else(PoisonError::into_inner);
+            results.entry(name.to_owned()).or_default().push(time.as_nanos() as f64 / done as f64);
+            // More may have been done than was asked for, where it is done in batches.
+            time.mul_f64(count as f64 / done as f64)
+        });
+    });
+    group.finish();
+}
+
+/// The chunks that are used, far from each other in a large window. Neighbours in this order are not neighbours there,
+/// unless `adjacent` is set. The first chunk is none of them: the file stays mapped there, so that the window knows it.
+fn places(chunks: u64, adjacent: bool) -> Vec<u64> {
+    let used = chunks.min(MOST_CHUNKS);
+    match adjacent {
+        true => (1..used).collect(),
+        false => (1..used).map(|index| index * 7 % used * (chunks / used)).collect(),
+    }
+}
+
+/// Single requests in flight together, as parallel readers make them, over some queues.
+fn requests(c: &mut Criterion, chunks: u64, queues: usize) {
+    let mut client = Client::mount(chunks, queues as u16);
+    client.stay_mapped();
+    let places = places(chunks, false);
+    let batch = (IN_FLIGHT * queues).min(places.len());
+    let name = |what: &str| format!("{what}, {chunks} chunks, {queues} queues");
+    let mut next = 0;
+    let mut round = |client: &mut Client, is_setup: bool, is_timed_setup: bool, access| {
+        let some: Vec<u64> = (0..batch).map(|index| places[(next + index) % places.len()]).collect();
+        if !is_setup {
+            next = (next + batch) % places.len();
+        }
+        for (index, chunk) in some.iter().enumerate() {
+            match is_setup {
+                true => client.setup(index % queues, *chunk, *chunk, access),
+                false => client.remove(index % queues, &[(*chunk, 1)]),
+            }
+        }
+        let time = client.serve();
+        client.check(0);
+        if is_setup == is_timed_setup { time } else { Duration::ZERO }
+    };
+    for (what, is_timed_setup, access) in [
+        ("SETUPMAPPING", true, Access::Read),
+        ("SETUPMAPPING to write", true, Access::ReadWrite),
+        ("REMOVEMAPPING", false, Access::Read),
+    ] {
+        measure(c, &name(what), |_| {
+            let first = round(&mut client, true, is_timed_setup, access);
+            let second = round(&mut client, false, is_timed_setup, access);
+            (batch as u64, first + second)
+        });
+    }
+}
+
+/// One chunk of a file at a time, so that the file comes and goes with it.
+fn strangers(c: &mut Criterion, chunks: u64) {
+    let mut client = Client::mount(chunks, 1);
+    measure(c, "both, of a new file", |_| {
+        for _ in 0..IN_FLIGHT / 2 {
+            client.setup(0, 0, 0, Access::Read);
+            client.remove(0, &[(0, 1)]);
+        }
+        let time = client.serve();
+        client.check(0);
+        (IN_FLIGHT as u64 / 2, time)
+    });
+}
+
+/// REMOVEMAPPINGs with many entries; the time is that of an entry.
+fn batches(c: &mut Criterion, chunks: u64) {
+    for (order, adjacent) in [("adjacent", true), ("scattered", false)] {
+        let mut client = Client::mount(chunks, 1);
+        client.stay_mapped();
+        let places = places(chunks, adjacent);
+        let some = &places[..places.len().min(MOST_ENTRIES)];
+        let ranges: Vec<_> = some.iter().map(|chunk| (*chunk, 1)).collect();
+        measure(c, &format!("entry of REMOVEMAPPING, {chunks} chunks, {order}"), |_| {
+            for chunk in some {
+                client.setup(0, *chunk, *chunk, Access::Read);
+            }
+            client.serve();
+            client.check(0);
+            client.remove(0, &ranges);
+            let time = client.serve();
+            client.check(0);
+            (some.len() as u64, time)
+        });
+    }
+}
+
+/// What a queue and the taking apart of a request cost.
+fn queue(c: &mut Criterion) {
+    let mut client = Client::mount(16, 1);
+    measure(c, "queue", |_| {
+        (0..IN_FLIGHT).for_each(|_| client.nothing(0));
+        let time = client.serve();
+        client.forget();
+        (IN_FLIGHT as u64, time)
+    });
+    measure(c, "queue and parse", |_| {
+        (0..IN_FLIGHT).for_each(|_| client.bad_setup(0));
+        let time = client.serve();
+        client.check(libc::EINVAL);
+        (IN_FLIGHT as u64, time)
+    });
+}
+
+/// The window without a device, and the system call without a window.
+fn bare(c: &mut Criterion, chunks: u64) {
+    let file = tempfile::tempfile().expect("a file");
+    file.set_len(chunks * CHUNK_SIZE).expect("a large file");
+    let places = places(chunks, false);
+    let window = DaxWindow::new(chunks * CHUNK_SIZE).expect("a window");
+    window.map(0, 0, CHUNK_SIZE, true, file.as_fd()).expect("a mapping");
+    measure(c, &format!("table and mmap, {chunks} chunks"), |_| {
+        let start = Instant::now();
+        for chunk in &places {
+            let at = chunk * CHUNK_SIZE;
+            window.map(at, at, CHUNK_SIZE, true, file.as_fd()).expect("a mapping");
+        }
+        let time = start.elapsed();
+        for chunk in &places {
+            window.unmap(chunk * CHUNK_SIZE, CHUNK_SIZE).expect("a hole");
+        }
+        (places.len() as u64, time)
+    });
+    drop(window);
+
+    let (bytes, prot) = ((chunks * CHUNK_SIZE) as usize, libc::PROT_READ | libc::PROT_WRITE);
+    let nothing = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    let shared = libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_NORESERVE;
+    // SAFETY: the kernel chooses the place.
+    let base = unsafe { libc::mmap(std::ptr::null_mut(), bytes, prot, nothing, -1, 0) };
+    assert_ne!(base, libc::MAP_FAILED);
+    measure(c, &format!("mmap, {chunks} chunks"), |_| {
+        let start = Instant::now();
+        for chunk in &places {
+            let offset = (chunk * CHUNK_SIZE) as usize;
+            // SAFETY: within what was just reserved, of which nobody has a reference.
+            let mapped = unsafe {
+                let at = base.wrapping_byte_add(offset);
+                libc::mmap(at, CHUNK_SIZE as usize, prot, shared, file.as_raw_fd(), offset as i64)
+            };
+            assert_ne!(mapped, libc::MAP_FAILED);
+        }
+        let time = start.elapsed();
+        // SAFETY: as above.
+        let hole = unsafe { libc::mmap(base, bytes, prot, nothing | libc::MAP_FIXED, -1, 0) };
+        assert_ne!(hole, libc::MAP_FAILED);
+        (places.len() as u64, time)
+    });
+    // SAFETY: the range was reserved above and is not used any more.
+    unsafe { libc::munmap(base, bytes) };
+}
+
+fn all(c: &mut Criterion) {
+    queue(c);
+    for chunks in WINDOWS {
+        bare(c, chunks);
+        requests(c, chunks, 1);
+        batches(c, chunks);
+    }
+    for queues in [2, 4] {
+        requests(c, 1024, queues);
+    }
+    strangers(c, 1024);
+    parts();
+}
+
+/// Prints what was measured, and the parts of a SETUPMAPPING as differences of that. The least of the samples is what
+/// the operation takes when nothing else goes on; the parts are computed of these.
+fn parts() {
+    let mut results = RESULTS.lock().unwrap_or_else(PoisonError::into_inner);
+    println!("\n{:<46} {:>9} {:>9}", "nanoseconds", "least", "median");
+    for (name, samples) in results.iter_mut() {
+        samples.sort_by(f64::total_cmp);
+        println!("{name:<46} {:>9.0} {:>9.0}", samples[0], samples[samples.len() / 2]);
+    }
+    let of = |name: &str| results.get(name).and_then(|samples| samples.first()).copied();
+    let columns = ["all", "queue", "parse", "file", "table", "mmap"];
+    let columns: String = columns.iter().map(|name| format!(" {name:>9}")).collect();
+    println!("\n{:<14}{columns}", "SETUPMAPPING");
+    for chunks in WINDOWS {
+        let row = || {
+            let (queue, parsed) = (of("queue")?, of("queue and parse")?);
+            let whole = of(&format!("SETUPMAPPING, {chunks} chunks, 1 queues"))?;
+            let window = of(&format!("table and mmap, {chunks} chunks"))?;
+            let mmap = of(&format!("mmap, {chunks} chunks"))?;
+            Some([whole, queue, parsed - queue, whole - parsed - window, window - mmap, mmap])
+        };
+        // With a filter on the command line not all are there.
+        let Some(row) = row() else { continue };
+        let row: String = row.iter().map(|time| format!(" {time:>9.0}")).collect();
+        println!("{:<14}{row}", format!("{chunks} chunks"));
+    }
+}
+
+criterion_group!(benches, all);
+criterion_main!(benches);
