@@ -110,11 +110,9 @@ fn make_image(paths: &Paths, kind: &str) -> Result<PathBuf, String> {
     let image = paths.state(&format!("{kind}.img"));
     let _ = fs::remove_file(&image);
     File::create(&image).and_then(|file| file.set_len(DISK_SIZE)).map_err(|error| error.to_string())?;
-    let tools = Tools::find(paths).map_err(|error| error.to_string())?;
-    let mut mkfs = match kind {
-        "ext4" => tools.command(Tool::MkfsExt4),
-        _ => tools.command(Tool::MkfsXfs),
-    };
+    let tool = if kind == "ext4" { Tool::MkfsExt4 } else { Tool::MkfsXfs };
+    let tools = Tools::find(paths, &[tool]).map_err(|error| error.to_string())?;
+    let mut mkfs = tools.command(tool);
     mkfs.arg("-q").arg(if kind == "ext4" { "-F" } else { "-f" }).arg(&image);
     tools.run(&mut mkfs).map_err(|error| error.to_string())?;
     Ok(image)

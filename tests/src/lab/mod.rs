@@ -227,7 +227,7 @@ fn start_daemon(paths: &Paths) -> Result<(), LabError> {
     let mode = Mode::choose()?;
     if mode == Mode::Qemu {
         // Here and not in the daemon, so that the caller sees what is being fetched.
-        tools::Tools::find(paths)?;
+        tools::Tools::find(paths, &qemu::TOOLS)?;
         tools::script(paths, "scripts/fetch-kernel", &[qemu::KERNEL])?;
     }
     let failed = |error| LabError::system("start the lab's daemon", error);

@@ -55,9 +55,12 @@ const FIRST_PORT_FD: RawFd = 100;
 /// three messages.
 const PORTS_PER_BUS: usize = 8;
 
+/// What an emulated host takes.
+pub const TOOLS: [Tool; 3] = [Tool::Qemu, Tool::MkfsExt4, Tool::MkfsXfs];
+
 /// Starts QEMU; its host is not up before its agents have greeted.
 pub fn start(paths: &Paths) -> Result<Machine, LabError> {
-    let tools = Tools::find(paths)?;
+    let tools = Tools::find(paths, &TOOLS)?;
     let kernel = PathBuf::from(script(paths, "scripts/fetch-kernel", &[KERNEL])?);
     let initramfs = paths.state("initramfs.cpio");
     build_initramfs(paths, &kernel, &initramfs)?;

@@ -20,8 +20,6 @@ pub enum Tool {
 }
 
 impl Tool {
-    const ALL: [Self; 3] = [Self::Qemu, Self::MkfsExt4, Self::MkfsXfs];
-
     fn name(self) -> &'static str {
         match self {
             Self::Qemu => "qemu-system-x86_64",
@@ -58,9 +56,9 @@ pub struct Tools {
 }
 
 impl Tools {
-    /// Finds all of the programs, fetching what is missing.
-    pub fn find(paths: &Paths) -> Result<Self, LabError> {
-        let complete = Tool::ALL.iter().all(|tool| tool.installed().is_some());
+    /// Finds programs, fetching them if one is missing.
+    pub fn find(paths: &Paths, tools: &[Tool]) -> Result<Self, LabError> {
+        let complete = tools.iter().all(|tool| tool.installed().is_some());
         let unpacked =
             if complete { None } else { Some(PathBuf::from(script(paths, "scripts/fetch-qemu", &[])?)) };
         Ok(Self { unpacked })

@@ -21,6 +21,14 @@ pub struct Mistake {
     pub message: String,
 }
 
+impl Mistake {
+    /// What is wrong at a byte offset of `text`.
+    pub(crate) fn at(text: &str, offset: usize, message: String) -> Mistake {
+        let (line, column) = position(text, offset);
+        Mistake { line, column, message }
+    }
+}
+
 impl fmt::Display for Mistake {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}:{}: {}", self.line, self.column, self.message)
@@ -117,8 +125,7 @@ impl<'t> Document<'t> {
     }
 
     fn mistake(&mut self, offset: usize, message: String) {
-        let (line, column) = position(self.text, offset);
-        self.mistakes.push(Mistake { line, column, message });
+        self.mistakes.push(Mistake::at(self.text, offset, message));
     }
 
     /// All that was found, in the order of the text.

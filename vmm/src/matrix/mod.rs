@@ -28,7 +28,7 @@ use devices::text::Bytes;
 
 pub use case::{Case, DEFAULT_TIMEOUT, Expected, Flaky};
 pub use child::Attempt;
-pub use file::{Matrix, MatrixFileError, Mistake};
+pub use file::{Matrix, MatrixFileError};
 pub use filter::Filter;
 pub use progress::{Lines, Live, Observer};
 pub use run::{Handle, Options, Run};

@@ -14,12 +14,13 @@ use devices::text::{parse_size, unknown};
 use globset::GlobMatcher;
 use toml::de::{DeTable, DeValue};
 
-pub use error::{MatrixFileError, Mistake};
+pub use error::MatrixFileError;
 use reader::{Parsed, Reader, number, text};
 use settings::{EnvValue, KEYS, Settings};
 
 use super::Case;
 use super::filter::glob;
+use crate::config::Mistake;
 
 /// What a matrix file says, as cases.
 #[derive(Debug, Clone)]
@@ -58,7 +59,7 @@ impl Matrix {
         if !errors.is_empty() {
             let mistake = |error: &toml::de::Error| {
                 let span = error.span().unwrap_or(text.len()..text.len());
-                Mistake::in_span(text, span, error.message().replace('\n', "; "))
+                Mistake::at(text, span.start, error.message().replace('\n', "; "))
             };
             return Err(mistakes(errors.iter().map(mistake).collect()));
         }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use super::error::Mistake;
+use crate::config::Mistake;
 
 pub(super) type Value<'a> = Spanned<DeValue<'a>>;
 
@@ -26,7 +26,7 @@ impl<'t> Reader<'t> {
     }
 
     pub(super) fn mistake(&mut self, span: Range<usize>, problem: String) {
-        self.mistakes.push(Mistake::in_span(self.text, span, problem));
+        self.mistakes.push(Mistake::at(self.text, span.start, problem));
     }
 
     pub(super) fn missing(&mut self, span: Range<usize>, key: &str, example: &str) {
