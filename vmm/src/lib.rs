@@ -15,6 +15,8 @@ mod console;
 mod device_manager;
 mod event_loop;
 mod exit;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 pub mod guest;
 pub mod initramfs;
 mod interrupts;

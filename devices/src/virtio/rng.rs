@@ -53,7 +53,7 @@ impl VirtioDevice for RngDevice {
 }
 
 /// Fills buffers.
-struct Entropy;
+pub(super) struct Entropy;
 
 impl ChainHandler for Entropy {
     fn handle(

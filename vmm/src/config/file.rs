@@ -72,7 +72,7 @@ impl RunConfig {
         Err(wrong(document.into_mistakes()))
     }
 
-    fn parse(text: &str, path: &Path) -> Result<RunConfig, Vec<Mistake>> {
+    pub(crate) fn parse(text: &str, path: &Path) -> Result<RunConfig, Vec<Mistake>> {
         let mut config: RunConfig = Document::parse(text)?.read()?;
         let file = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
         config.resolve_paths(file.parent().unwrap_or(Path::new("/")));

@@ -147,3 +147,34 @@ fn end_on_panic(ending: Ending) {
         ending.end(ExitReason::Crash(format!("a thread of the VMM panicked: {info}")));
     }));
 }
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    #[test]
+    fn a_panic_of_any_thread_ends_the_vm_with_a_reason() {
+        // In a process of its own: the hook is the whole process's.
+        let test = "runner::tests::a_thread_panics";
+        let this = std::env::current_exe().unwrap();
+        let output = Command::new(this).args(["--exact", test, "--ignored"]).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && text.contains("1 passed"), "{text}");
+    }
+
+    #[test]
+    #[ignore = "run by the test above"]
+    fn a_thread_panics() {
+        let ending = Ending::new().unwrap();
+        end_on_panic(ending.clone());
+        assert_eq!(ending.reason(), None);
+        let worker = thread::Builder::new().name("fs1-share".into());
+        assert!(worker.spawn(|| panic!("a request that nobody thought of")).unwrap().join().is_err());
+        let Some(ExitReason::Crash(why)) = ending.reason() else { panic!("{:?}", ending.reason()) };
+        assert!(why.contains("a thread of the VMM panicked") && why.contains("nobody thought of"), "{why}");
+        // The event loop is woken.
+        assert_eq!(ending.wake().read().unwrap(), 1);
+    }
+}

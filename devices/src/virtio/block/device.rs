@@ -13,7 +13,7 @@ use super::counters::{Counts, DiskCountersHandle};
 use super::image::{DiskError, Image, SECTOR};
 use super::request::{Handler, MAX_RANGE_SECTORS, MAX_RANGES};
 use crate::virtio::device::{ActivateError, Activation, VirtioDevice, read_config_space};
-use crate::virtio::worker::QueueWorker;
+use crate::virtio::worker::{ChainHandler, QueueWorker};
 
 const QUEUE_SIZE: u16 = 256;
 /// Most pieces of data in a request: with header and status they fill a queue.
@@ -62,6 +62,16 @@ impl BlockDevice {
     /// A handle to the disk's counters, which may outlive the device.
     pub fn counters(&self) -> DiskCountersHandle {
         self.counters.clone()
+    }
+
+    /// What serves the requests of a driver that accepted these features.
+    pub(in crate::virtio) fn handler(&self, features: u64) -> impl ChainHandler + use<> {
+        Handler {
+            image: Arc::clone(&self.image),
+            counts: Arc::clone(&self.counters.counts),
+            id: Arc::clone(&self.id),
+            writes_through: features >> VIRTIO_BLK_F_FLUSH & 1 == 0,
+        }
     }
 
     /// `struct virtio_blk_config`, as far as the features that are offered need it; little-endian.
@@ -118,12 +128,7 @@ impl VirtioDevice for BlockDevice {
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let Activation { memory, features, queues, needs_reset } = activation;
         for queue in queues {
-            let handler = Handler {
-                image: Arc::clone(&self.image),
-                counts: Arc::clone(&self.counters.counts),
-                id: Arc::clone(&self.id),
-                writes_through: features >> VIRTIO_BLK_F_FLUSH & 1 == 0,
-            };
+            let handler = self.handler(features);
             let name = format!("blk{}-{}", queue.index, self.id);
             let worker = QueueWorker::spawn(&name, queue, memory.clone(), Arc::clone(&needs_reset), handler);
             match worker {

@@ -92,7 +92,7 @@ impl Budget {
     }
 
     /// Descriptors that are in use.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fuzzing"))]
     pub(super) fn used(&self) -> u64 {
         self.used.load(Relaxed)
     }

@@ -11,6 +11,8 @@ mod cache;
 mod counters;
 mod decisions;
 mod device;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 pub mod hint;
 mod inodes;
 mod latency;
@@ -18,7 +20,8 @@ mod per_file_dax;
 pub mod policy;
 mod refusals;
 mod server;
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
+#[cfg_attr(not(test), allow(dead_code))]
 mod testing;
 #[cfg(test)]
 mod tests;

@@ -1,6 +1,7 @@
 //! A fake guest driver: sends FUSE requests to a device through descriptor chains in a guest memory of its own, with a
 //! temporary directory as the share.
 
+#[cfg(test)]
 mod file_systems;
 
 use std::mem::size_of;
@@ -19,6 +20,7 @@ use virtio_queue::desc::split::Descriptor;
 use virtio_queue::mock::MockSplitQueue;
 use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryMmap};
 
+#[cfg(test)]
 pub(super) use self::file_systems::{
     directories_with_hints, directory_with_attributes, directory_with_flags,
 };

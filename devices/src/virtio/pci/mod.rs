@@ -3,6 +3,8 @@
 
 mod capabilities;
 mod common_config;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 mod transport;
 
 pub use transport::{VirtioPciDevice, VirtioPciError};

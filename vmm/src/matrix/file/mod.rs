@@ -50,7 +50,7 @@ impl Matrix {
         Matrix::parse(path, &directory, &text)
     }
 
-    fn parse(path: &Path, directory: &Path, text: &str) -> Result<Matrix, MatrixFileError> {
+    pub(crate) fn parse(path: &Path, directory: &Path, text: &str) -> Result<Matrix, MatrixFileError> {
         let mistakes = |mistakes| MatrixFileError::Mistakes {
             name: path.display().to_string(),
             mistakes: sorted(mistakes),

@@ -250,7 +250,7 @@ impl Server {
     }
 
     /// Descriptors that the budget has been charged with.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "fuzzing"))]
     pub(super) fn descriptors_used(&self) -> u64 {
         self.fs.budget.used()
     }

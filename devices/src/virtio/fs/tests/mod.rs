@@ -13,4 +13,5 @@ mod ioctl;
 mod kernel;
 mod mapping;
 mod negotiation;
+mod rings;
 mod tmpfile;
