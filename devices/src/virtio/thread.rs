@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use smallvec::SmallVec;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
@@ -51,7 +52,9 @@ impl Stop {
     /// What poll(2) says: ENOMEM.
     pub fn wait<const N: usize>(&self, watched: [(RawFd, i16); N]) -> io::Result<Option<[bool; N]>> {
         let entry = |(fd, events)| libc::pollfd { fd, events, revents: 0 };
-        let mut fds = vec![entry((self.event.as_raw_fd(), libc::POLLIN))];
+        // Few as a rule, so that a thread that goes to sleep takes no memory for it.
+        let mut fds: SmallVec<[_; 4]> = SmallVec::new();
+        fds.push(entry((self.event.as_raw_fd(), libc::POLLIN)));
         fds.extend(watched.map(entry));
         while !self.is_set() {
             // SAFETY: `fds` has as many initialised structures as the call is told, and outlives it.

@@ -87,7 +87,7 @@ const LIMIT: Duration = Duration::from_secs(900);
 pub fn run(kernel: &str, mib: u64, runs: usize) -> Result<Table, BenchError> {
     let bench = Bench::new(kernel, mib)?;
     // By subject, then by way and pass.
-    let mut samples = vec![[[const { Vec::new() }; PASSES.len()]; WAYS.len()]; SUBJECTS.len()];
+    let mut samples = vec![vec![vec![Vec::new(); PASSES.len()]; WAYS.len()]; SUBJECTS.len()];
     for run in 0..runs {
         for ((name, monitor), samples) in SUBJECTS.iter().zip(&mut samples) {
             eprintln!("run {} of {runs}: {name}", run + 1);
