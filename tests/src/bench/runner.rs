@@ -51,7 +51,7 @@ fn boots(runners: &Runners, n: usize, table: &mut Table) -> Result<(), BenchErro
     eprintln!("{ROW}: trying virtme-ng");
     let virtme_ng = VirtmeNg::find(&runners.qemu, &runners.kernel).and_then(|virtme_ng| {
         // It makes files for later runs; and whether it runs anything at all should be known.
-        let printed = output("virtme-ng", virtme_ng.command(&["echo", "it", "runs"]))?;
+        let printed = output("virtme-ng", virtme_ng.command(&["--verbose"], &["echo", "it", "runs"]))?;
         match printed.contains("it runs") {
             true => Ok(virtme_ng),
             false => Err(ended_badly("virtme-ng", "it runs", &printed)),
@@ -63,7 +63,7 @@ fn boots(runners: &Runners, n: usize, table: &mut Table) -> Result<(), BenchErro
         ours.push(timed("daxvm", runners.daxvm(&["true"]))?);
         microvm.push(runners.qemu_runs_true()?);
         if let Ok(virtme_ng) = &virtme_ng {
-            theirs.push(timed("virtme-ng", virtme_ng.command(&["true"]))?);
+            theirs.push(timed("virtme-ng", virtme_ng.command(&[], &["true"]))?);
         }
     }
     table.add(ROW, "daxvm", "ms", ours);
@@ -290,7 +290,7 @@ fn output(subject: &str, mut command: Command) -> Result<String, BenchError> {
 }
 
 fn ended_badly(subject: &str, expected: &'static str, output: &str) -> BenchError {
-    let tail: Vec<_> = output.lines().rev().take(20).collect();
+    let tail: Vec<_> = output.lines().rev().take(60).collect();
     let output = tail.into_iter().rev().collect::<Vec<_>>().join("\n");
     BenchError::Subject { subject: subject.to_owned(), expected, output }
 }

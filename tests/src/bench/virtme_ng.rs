@@ -104,8 +104,8 @@ impl VirtmeNg {
         Ok(())
     }
 
-    /// Runs `argv` in a guest with one CPU.
-    pub(super) fn command(&self, argv: &[&str]) -> Command {
+    /// Runs `argv` in a guest with one CPU; with `--verbose` among the options, what the guest's kernel says is printed.
+    pub(super) fn command(&self, options: &[&str], argv: &[&str]) -> Command {
         let mut command = Command::new(self.bin("vng"));
         let path = std::env::var_os("PATH").unwrap_or_default();
         command.env("PATH", [self.root.join("bin").as_os_str(), &path].join(OsStr::new(":")));
@@ -113,7 +113,7 @@ impl VirtmeNg {
         // It caches what it makes of its modules and of kernels.
         command.env_remove("PYTHONDONTWRITEBYTECODE").env("HOME", &self.root).env("TMPDIR", scratch());
         command.env("LD_LIBRARY_PATH", &self.libraries);
-        command.arg("--run").arg(&self.kernel).args(["--cpus", "1", "--memory", MEMORY]);
+        command.args(options).arg("--run").arg(&self.kernel).args(["--cpus", "1", "--memory", MEMORY]);
         // Its microvm has legacy virtio-mmio devices, at which virtiofsd in C aborts.
         command.arg("--disable-microvm").arg("--busybox").arg(&self.busybox).arg("--qemu").arg(&self.qemu);
         command.arg(format!("--qemu-opts={}", self.qemu_options)).arg("--").args(argv);
