@@ -73,6 +73,7 @@ impl Client {
             policy: Policy::Always,
             cache: CacheMode::Auto,
             request_queues: queues,
+            descriptors: 1_000_000,
         };
         let mut device = FileSystemDevice::new(config).expect("a device");
         let driver = FakeDriver::new(&mut device, 0);

@@ -6,9 +6,7 @@ use std::io::{self, BufRead};
 
 use serde::Serialize;
 
-use super::ops::{
-    Mapping, changing, contest, files, maps, passes, per_file, read, small, system, write,
-};
+use super::ops::{Mapping, changing, contest, files, maps, passes, per_file, read, small, system, write};
 use super::wire::{Line, read_line};
 use super::{End, Failure, Op, Reply};
 
