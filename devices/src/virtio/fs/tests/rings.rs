@@ -98,17 +98,21 @@ fn chains_that_break_the_rules_end_their_queue_or_come_back() {
         ("a circle of two", &[(REQUEST, 56, NEXT, 1), (REPLY, 80, NEXT | WRITE, 0)], &[]),
         ("a next that does not exist", &[(REQUEST, 56, NEXT, 1024)], &[]),
         ("a next beyond all", &[(REQUEST, 56, NEXT, u16::MAX)], &[]),
-        ("an indirect table in an indirect table", &[(INDIRECT_TABLE, table_len, INDIRECT, 0)], &[
-            (INDIRECT_TABLE, table_len, INDIRECT, 0),
-            (REPLY, 80, WRITE, 0),
-        ]),
-        ("a circle in an indirect table", &[(INDIRECT_TABLE, table_len, INDIRECT, 0)], &[
-            (REQUEST, 56, NEXT, 1),
-            (REPLY, 80, NEXT | WRITE, 0),
-        ]),
-        ("a next behind an indirect table's end", &[(INDIRECT_TABLE, table_len, INDIRECT, 0)], &[
-            (REQUEST, 56, NEXT, 7),
-        ]),
+        (
+            "an indirect table in an indirect table",
+            &[(INDIRECT_TABLE, table_len, INDIRECT, 0)],
+            &[(INDIRECT_TABLE, table_len, INDIRECT, 0), (REPLY, 80, WRITE, 0)],
+        ),
+        (
+            "a circle in an indirect table",
+            &[(INDIRECT_TABLE, table_len, INDIRECT, 0)],
+            &[(REQUEST, 56, NEXT, 1), (REPLY, 80, NEXT | WRITE, 0)],
+        ),
+        (
+            "a next behind an indirect table's end",
+            &[(INDIRECT_TABLE, table_len, INDIRECT, 0)],
+            &[(REQUEST, 56, NEXT, 7)],
+        ),
         ("an indirect table of no descriptors", &[(INDIRECT_TABLE, 0, INDIRECT, 0)], good),
         ("an indirect table of one and a half", &[(INDIRECT_TABLE, 24, INDIRECT, 0)], good),
         ("an indirect table of 4 GiB", &[(INDIRECT_TABLE, u32::MAX & !15, INDIRECT, 0)], good),
