@@ -149,4 +149,32 @@ mod tests {
         assert_eq!(apertures.place(0x8000, false), Some(MMIO_32.start));
         assert_eq!(apertures.place(0x8000, false), Some(MMIO_32.start + 0x8000));
     }
+
+    proptest::proptest! {
+        /// Whatever is placed, in any order, until nothing fits any more and beyond.
+        #[test]
+        fn bars_of_any_size_are_aligned_disjoint_and_within_reach(
+            chunks in 32u64..(1 << 20),
+            address_bits in 36u8..=52,
+            bars in proptest::collection::vec((0u32..42, proptest::bool::ANY), 0..60),
+        ) {
+            let ram = chunks * HUGE_PAGE;
+            let mmio = mmio_64(ram, address_bits);
+            let mut apertures = Apertures::new(mmio.clone());
+            let mut taken = ram_ranges(ram);
+            for (bits, prefetchable) in bars {
+                let size = 1u64 << bits;
+                let Some(address) = apertures.place(size, prefetchable) else { continue };
+                let bar = address..address + size;
+                let within = if prefetchable { &mmio } else { &MMIO_32 };
+                proptest::prop_assert!(address.is_multiple_of(size));
+                proptest::prop_assert!(within.start <= bar.start && bar.end <= within.end, "{bar:x?}");
+                proptest::prop_assert!(bar.end <= 1 << address_bits || !prefetchable);
+                for other in &taken {
+                    proptest::prop_assert!(bar.end <= other.start || other.end <= bar.start, "{bar:x?} {other:x?}");
+                }
+                taken.push(bar);
+            }
+        }
+    }
 }
