@@ -28,6 +28,7 @@ use crate::exit::Buses;
 use crate::interrupts::Line;
 use crate::layout::{self, irq, ports};
 use crate::memory::{GuestRam, MemoryError, Slot, Slots};
+use crate::prefault::PrefaultVcpu;
 use crate::report::ShareCounters;
 use crate::vcpu::Memory;
 use crate::vm::{Ending, Parts, Vm, Wiring};
@@ -130,16 +131,21 @@ pub(crate) fn build(config: ValidConfig, wiring: Wiring) -> Result<Vm, BuildErro
         .zip(&config.disks)
         .map(|(index, disk)| add_disk(&mut manager, index, disk, &config))
         .collect::<Result<_, _>>()?;
+    let windows = config.windows()?;
+    let may_prefault = windows.iter().any(ShareWindow::may_prefault);
     let shares = config
         .shares
         .iter()
-        .zip(config.windows()?)
+        .zip(windows)
         .map(|(share, window)| add_share(&mut manager, share, window, &config))
         .collect::<Result<_, _>>()?;
 
     let rsdp = acpi::write_tables(&memory, config.cpus, &mmio_64).map_err(BuildError::Acpi)?;
     let entry = load_guest(&config, wiring.initramfs.as_deref(), &memory, rsdp)?;
     let vcpus = create_vcpus(&vm, &cpuid, config.cpus, &memory, entry)?;
+    if may_prefault {
+        add_prefault_vcpu(&kvm, &vm, &cpuid, config.cpus, &manager)?;
+    }
     let parts = Parts {
         buses,
         memory: Memory { all: devices_memory, windows: manager.windows() },
@@ -234,6 +240,7 @@ fn add_share(
         read_only: share.read_only,
         window_size: window.size,
         policy: window.policy,
+        prefault: window.prefault,
         cache: share.cache,
         request_queues: config.cpus.min(MAX_REQUEST_QUEUES).into(),
     })
@@ -303,9 +310,7 @@ fn create_vcpus(
     (0..count)
         .map(|id| {
             let vcpu = vm.create_vcpu(id.into()).map_err(|e| BuildError::Kvm("create a vCPU", e))?;
-            let no_room =
-                |_| BuildError::Kvm("take so many CPUID leaves", kvm_ioctls::Error::new(libc::E2BIG));
-            let cpuid = cpuid::for_vcpu(supported, id, count).map_err(no_room)?;
+            let cpuid = vcpu_cpuid(supported, id, count)?;
             vcpu.set_cpuid2(&cpuid).map_err(|e| BuildError::Kvm("set a vCPU's CPUID", e))?;
             entry::set_up_any(&vcpu)?;
             if id == 0 {
@@ -314,6 +319,26 @@ fn create_vcpus(
             Ok(vcpu)
         })
         .collect()
+}
+
+fn vcpu_cpuid(supported: &CpuId, id: u8, count: u8) -> Result<CpuId, BuildError> {
+    let no_room = |_| BuildError::Kvm("take so many CPUID leaves", kvm_ioctls::Error::new(libc::E2BIG));
+    cpuid::for_vcpu(supported, id, count).map_err(no_room)
+}
+
+/// Adds the vCPU that prefaults windows, after those of the guest, whose numbers begin at 0.
+fn add_prefault_vcpu(
+    kvm: &Kvm,
+    vm: &VmFd,
+    supported: &CpuId,
+    cpus: u8,
+    manager: &DeviceManager,
+) -> Result<(), BuildError> {
+    let cpuid = vcpu_cpuid(supported, cpus, cpus)?;
+    if let Some(vcpu) = PrefaultVcpu::new(kvm, vm, cpus, &cpuid) {
+        manager.windows().prefault_by(vcpu);
+    }
+    Ok(())
 }
 
 fn map_ram(slots: &Arc<Slots>, ram: &GuestRam) -> Result<Vec<Slot>, BuildError> {

@@ -24,6 +24,7 @@ mod memory;
 pub mod metrics;
 mod outcome;
 mod patrol;
+mod prefault;
 mod report;
 pub mod runner;
 mod top;

@@ -16,8 +16,8 @@ use super::Server;
 use super::decide::CAPABILITIES;
 use super::message::{Reply, Request, errno};
 use crate::virtio::fs::accounts::Mapped;
-use crate::virtio::fs::policy::{is_set_id, without_set_id};
-use crate::virtio::fs::window::{CHUNK_SHIFT, DaxWindow, WindowError};
+use crate::virtio::fs::policy::{Prefault, is_set_id, without_set_id};
+use crate::virtio::fs::window::{CHUNK_SHIFT, DaxWindow, MappedPart, WindowError};
 
 /// SETUPMAPPING flags for the library, which opens the file accordingly.
 const READ: u64 = SetupmappingFlags::READ.bits();
@@ -38,19 +38,22 @@ impl Server {
         }
         let (context, nodeid) = (self.context(request), request.header.nodeid);
         let (stat, _) = self.fs.getattr(&context, nodeid, None)?;
-        if !self.may_map(request, &stat) {
+        let Some(prefault) = self.may_map(request, &stat) else {
             self.counts.denied_mapping();
             tracing::debug!(nodeid, mode = stat.st_mode, "the guest maps a file that is not DAX for it");
             return Err(errno(libc::EPERM));
-        }
+        };
         if write {
             self.kill_privileges(&context, nodeid, &stat)?;
         }
 
         let map = |writable| {
             let flags = if writable { READ | WRITE } else { READ };
-            let mut mapper = Mapper { window: Arc::clone(window), writable };
-            self.fs.setupmapping(&context, nodeid, ask.foffset, ask.len, flags, ask.moffset, &mut mapper)
+            let is_own = stat.st_uid == self.uid;
+            let mut mapper = Mapper { window: Arc::clone(window), writable, is_own, prefault, prefaulted: 0 };
+            self.fs
+                .setupmapping(&context, nodeid, ask.foffset, ask.len, flags, ask.moffset, &mut mapper)
+                .map(|()| mapper.prefaulted)
         };
         // A client whose tasks touch a chunk at the same time, one to read and one to write, may write through a
         // mapping that it asked for to read (fuse_setup_new_dax_mapping looks again without looking at the mode), and
@@ -63,9 +66,9 @@ impl Server {
             writable = false;
             result = map(false);
         }
-        result.map_err(no_retry)?;
+        let prefaulted = result.map_err(no_retry)?;
         if let Some(accounts) = &self.counts.accounts {
-            let mapped = Mapped { chunks: chunks(ask.moffset, ask.len), writable };
+            let mapped = Mapped { chunks: chunks(ask.moffset, ask.len), writable, prefaulted };
             accounts.mapped(nodeid, mapped, Instant::now(), || self.path(nodeid));
         }
         reply.empty()
@@ -181,13 +184,22 @@ fn refuse(error: WindowError) -> io::Error {
 struct Mapper {
     window: Arc<DaxWindow>,
     writable: bool,
+    /// Whether the file belongs to the server's user.
+    is_own: bool,
+    prefault: Prefault,
+    /// Bytes that were put in the client's reach.
+    prefaulted: u64,
 }
 
 impl FsCacheReqHandler for Mapper {
     fn map(&mut self, foffset: u64, moffset: u64, len: u64, _flags: u64, fd: RawFd) -> io::Result<()> {
         // SAFETY: the library keeps the descriptor open until this returns.
         let fd = unsafe { BorrowedFd::borrow_raw(fd) };
-        self.window.map(moffset, foffset, len, self.writable, fd).map_err(refuse)
+        let Mapper { writable, is_own, .. } = *self;
+        let len = self.window.map(moffset, foffset, len, writable, fd).map_err(refuse)?;
+        let part = MappedPart { fd, foffset, moffset, len, writable, is_own };
+        self.prefaulted = self.window.prefault(part, self.prefault);
+        Ok(())
     }
 
     fn unmap(&mut self, _requests: Vec<RemovemappingOne>) -> io::Result<()> {

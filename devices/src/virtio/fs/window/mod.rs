@@ -8,6 +8,7 @@ mod files;
 mod guard;
 mod lost;
 mod mmap;
+mod prefault;
 mod repair;
 mod scratch;
 mod size;
@@ -22,7 +23,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
 use self::counters::Counts;
 pub use self::counters::WindowCounters;
@@ -30,6 +31,7 @@ use self::files::{FileKey, Files};
 use self::guard::Guard;
 use self::lost::LostFiles;
 use self::mmap::{Backing, give_back, replace};
+pub use self::prefault::MappedPart;
 use self::scratch::Scratch;
 pub use self::size::{
     MAX_WINDOW_SIZE, MIN_WINDOW_SIZE, WindowSizeError, check_window_size, default_window_size,
@@ -37,7 +39,7 @@ pub use self::size::{
 use self::state::{Shared, State};
 use self::table::ChunkTable;
 use self::watch::Watcher;
-use crate::virtio::device::{HostMemory, Repair};
+use crate::virtio::device::{HostMemory, NestedPaging, Repair};
 
 /// log2 of [`CHUNK_SIZE`], which is what the device tells the guest in `map_alignment`.
 pub const CHUNK_SHIFT: u32 = 21;
@@ -146,6 +148,7 @@ impl DaxWindow {
             guard,
             scratch,
             state: Mutex::new(state),
+            nested_paging: RwLock::new(None),
             counts: Counts::default(),
             lost: LostFiles::default(),
             short_files: AtomicU64::new(0),
@@ -173,6 +176,8 @@ impl DaxWindow {
     /// makes a mapping writable this way while others read it, and it may reuse a range that it could not unmap. If
     /// this fails, the range shows what it showed.
     ///
+    /// Returns how many bytes of the range, from its start on, are pages of the file; the rest is behind its end.
+    ///
     /// # Errors
     /// [`WindowError`]; among them what the host says of `fd` (EACCES if `writable` is asked of a descriptor that is
     /// not open for reading and writing).
@@ -183,7 +188,7 @@ impl DaxWindow {
         len: u64,
         writable: bool,
         fd: BorrowedFd<'_>,
-    ) -> Result<(), WindowError> {
+    ) -> Result<u64, WindowError> {
         let result = self.check(moffset, foffset, len);
         let result = result.and_then(|chunks| self.0.map(chunks, foffset, writable, fd));
         if result.is_err() {
@@ -299,6 +304,10 @@ impl HostMemory for DaxWindow {
 
     fn is_used(&self) -> bool {
         self.mapped_chunks() > 0
+    }
+
+    fn set_nested_paging(&self, nested: Option<Arc<dyn NestedPaging>>) {
+        *self.0.nested_paging.write().unwrap_or_else(PoisonError::into_inner) = nested;
     }
 
     fn repair(&self, offset: u64, write: bool) -> Repair {

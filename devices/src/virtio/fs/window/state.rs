@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
-use std::sync::{Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 
 use super::counters::Counts;
 use super::files::{Files, MappedFile, end_of, look, shown};
@@ -15,6 +15,7 @@ use super::scratch::Scratch;
 use super::table::{ChunkTable, Mapped};
 use super::watch::Watcher;
 use super::{CHUNK_SHIFT, CHUNK_SIZE, Chunks, WindowError};
+use crate::virtio::device::NestedPaging;
 
 /// What the window and the watcher share. The table, the files and the address space agree whenever the lock is free.
 pub(super) struct Shared {
@@ -25,6 +26,8 @@ pub(super) struct Shared {
     pub(super) guard: Guard,
     pub(super) scratch: Scratch,
     pub(super) state: Mutex<State>,
+    /// While the guest sees the window, if its hypervisor can put pages in its reach.
+    pub(super) nested_paging: RwLock<Option<Arc<dyn NestedPaging>>>,
     pub(super) counts: Counts,
     pub(super) lost: LostFiles,
     /// Files that are shorter than the guest may believe, and threads that are about to find out whether one is.
@@ -69,7 +72,7 @@ impl Shared {
         offset: u64,
         writable: bool,
         fd: BorrowedFd<'_>,
-    ) -> Result<(), WindowError> {
+    ) -> Result<u64, WindowError> {
         let _looking = self.looking();
         let mut state = self.lock();
         let (number, size) = self.adopt(&mut state, writable, fd).map_err(WindowError::Map)?;
@@ -109,7 +112,7 @@ impl Shared {
         if let Some(file) = state.files.get(number) {
             file.is_damaged |= !is_whole;
         }
-        Ok(())
+        Ok(part.min(end_of(size).saturating_sub(offset)))
     }
 
     /// The number of a file, which is watched from now on, and its size in bytes.
