@@ -117,6 +117,14 @@ impl Windows {
         (address - start < memory.size()).then(|| memory.repair(address - start, write))
     }
 
+    /// Carries out a change of the memory slots, while no memory is prefaulted.
+    fn change_slots<T>(&self, change: impl FnOnce() -> T) -> T {
+        match self.prefault.get() {
+            Some(vcpu) => vcpu.while_idle(change),
+            None => change(),
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, MappedWindow>> {
         self.shown.lock().unwrap_or_else(|e| e.into_inner())
     }
@@ -159,7 +167,8 @@ impl KvmBarMapper {
         // Inserting the region first refuses an overlap with another window or RAM.
         let memory = self.memory.memory().insert_region(Arc::new(region)).map_err(io::Error::other)?;
         // SAFETY: `HostMemory` stays where it is as long as the object lives, and `windows` keeps it beside the slot.
-        let slot = unsafe { self.slots.map(host, size, address) }.map_err(io::Error::other)?;
+        let map = || unsafe { self.slots.map(host, size, address) };
+        let slot = self.windows.change_slots(map).map_err(io::Error::other)?;
         self.replace_memory(memory);
         windows.insert(address, MappedWindow { _slot: slot, memory: Arc::clone(window) });
         window.set_nested_paging(self.windows.prefault.get().map(|vcpu| vcpu.at(address)));
@@ -174,10 +183,7 @@ impl KvmBarMapper {
             Err(error) => tracing::error!(%error, "A window was not part of the devices' memory"),
         }
         let gone = windows.remove(&address);
-        match self.windows.prefault.get() {
-            Some(vcpu) => vcpu.while_idle(|| drop(gone)),
-            None => drop(gone),
-        }
+        self.windows.change_slots(|| drop(gone));
     }
 
     fn replace_memory(&self, memory: vm_memory::GuestMemoryMmap) {

@@ -43,7 +43,7 @@ impl PrefaultVcpu {
         Arc::new(ShownAt { vcpu: Arc::downgrade(self), address })
     }
 
-    /// Has `change` take a memory slot away from the guest.
+    /// Has `change` give the guest a memory slot, or take it away.
     ///
     /// With a slot go the page tables of all vCPUs, and each lets go of the old ones when it runs next, which this one
     /// never does: before Linux 6.15, KVM_PRE_FAULT_MEMORY would then try for ever. New control registers have it let go.
@@ -86,5 +86,43 @@ impl NestedPaging for ShownAt {
     fn prefault(&self, offset: u64, len: u64) -> io::Result<u64> {
         let gone = || io::Error::from_raw_os_error(libc::ENOENT);
         self.vcpu.upgrade().ok_or_else(gone)?.prefault(self.address + offset, len)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
+
+    use super::*;
+    use crate::memory::{GuestRam, Slots};
+
+    #[test]
+    fn memory_is_prefaulted_while_the_guest_has_it() {
+        let Ok(kvm) = Kvm::new() else { return eprintln!("SKIPPED: no /dev/kvm here") };
+        let vm = Arc::new(kvm.create_vm().unwrap());
+        vm.create_irq_chip().unwrap();
+        let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).unwrap();
+        let _first = vm.create_vcpu(0).unwrap();
+        let Some(vcpu) = PrefaultVcpu::new(&kvm, &vm, 1, &cpuid) else {
+            return eprintln!("SKIPPED: KVM cannot prefault memory here");
+        };
+        let ram = GuestRam::new(64 << 20).unwrap();
+        let slots = Slots::new(Arc::clone(&vm));
+        let (range, host) = ram.ranges().next().unwrap();
+        let paging = vcpu.at(1 << 32);
+        let errno = |offset| paging.prefault(offset, 4096).unwrap_err().raw_os_error();
+        // The page tables that the first slot takes with it must not be used for the second.
+        for _ in 0..3 {
+            // SAFETY: `ram` is dropped after the slot.
+            let map = || unsafe { slots.map(host, range.end, 1 << 32) };
+            let slot = vcpu.while_idle(map).unwrap();
+            assert_eq!(paging.prefault(4096, 2 << 20).unwrap(), 2 << 20);
+            assert_eq!(paging.prefault(range.end - 4096, 4096).unwrap(), 4096);
+            assert_eq!(errno(range.end), Some(libc::ENOENT));
+            vcpu.while_idle(|| drop(slot));
+            assert_eq!(errno(0), Some(libc::ENOENT));
+        }
+        drop(vcpu);
+        assert_eq!(errno(0), Some(libc::ENOENT), "the VM has ended");
     }
 }

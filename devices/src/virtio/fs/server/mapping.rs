@@ -196,8 +196,8 @@ impl FsCacheReqHandler for Mapper {
         // SAFETY: the library keeps the descriptor open until this returns.
         let fd = unsafe { BorrowedFd::borrow_raw(fd) };
         let Mapper { writable, is_own, .. } = *self;
-        let len = self.window.map(moffset, foffset, len, writable, fd).map_err(refuse)?;
-        let part = MappedPart { fd, foffset, moffset, len, writable, is_own };
+        let shown = self.window.map(moffset, foffset, len, writable, fd).map_err(refuse)?;
+        let part = MappedPart { fd, foffset, moffset, shown, writable, is_own };
         self.prefaulted = self.window.prefault(part, self.prefault);
         Ok(())
     }

@@ -3,6 +3,7 @@
 //! Everything that changes what the guest sees in the window goes through [`DaxWindow::map`] and [`DaxWindow::unmap`].
 //! The window knows chunks and descriptors; which file a guest may map is decided elsewhere.
 
+mod cached;
 mod counters;
 mod files;
 mod guard;
@@ -31,7 +32,7 @@ use self::files::{FileKey, Files};
 use self::guard::Guard;
 use self::lost::LostFiles;
 use self::mmap::{Backing, give_back, replace};
-pub use self::prefault::MappedPart;
+pub use self::prefault::{MappedPart, Shown};
 use self::scratch::Scratch;
 pub use self::size::{
     MAX_WINDOW_SIZE, MIN_WINDOW_SIZE, WindowSizeError, check_window_size, default_window_size,
@@ -176,8 +177,6 @@ impl DaxWindow {
     /// makes a mapping writable this way while others read it, and it may reuse a range that it could not unmap. If
     /// this fails, the range shows what it showed.
     ///
-    /// Returns how many bytes of the range, from its start on, are pages of the file; the rest is behind its end.
-    ///
     /// # Errors
     /// [`WindowError`]; among them what the host says of `fd` (EACCES if `writable` is asked of a descriptor that is
     /// not open for reading and writing).
@@ -188,7 +187,7 @@ impl DaxWindow {
         len: u64,
         writable: bool,
         fd: BorrowedFd<'_>,
-    ) -> Result<u64, WindowError> {
+    ) -> Result<Shown, WindowError> {
         let result = self.check(moffset, foffset, len);
         let result = result.and_then(|chunks| self.0.map(chunks, foffset, writable, fd));
         if result.is_err() {

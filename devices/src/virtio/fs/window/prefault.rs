@@ -10,8 +10,9 @@ use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::sync::PoisonError;
 
-use rustix::fs::{Access, Advice, AtFlags};
+use rustix::fs::Advice;
 
+use super::cached::{Cached, cached, is_told};
 use super::files::PAGE;
 use super::mmap::{is_there, resident};
 use super::state::Shared;
@@ -24,6 +25,20 @@ const PAGES: usize = (CHUNK_SIZE / PAGE) as usize;
 /// Fewer pages in a row are left to the guest's own faults: they cost no more than the system call would.
 const SHORTEST_RUN: usize = 4;
 
+/// The largest file in bytes of which any chunk is taken for one that the guest will need all of: programs, libraries.
+const SMALL_FILE: u64 = 16 << 20;
+
+/// What [`DaxWindow::map`] has found.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Shown {
+    /// How many bytes, from the start of the part on, are pages of the file; the rest is behind its end.
+    pub bytes: u64,
+    /// Whether the file begins with it, or it follows on a part that was mapped before.
+    pub is_stream: bool,
+    /// The file's size in bytes.
+    pub file_size: u64,
+}
+
 /// A part of a file that was mapped a moment ago.
 #[derive(Clone, Copy)]
 pub struct MappedPart<'a> {
@@ -33,47 +48,52 @@ pub struct MappedPart<'a> {
     pub foffset: u64,
     /// Where it begins in the window, in bytes.
     pub moffset: u64,
-    /// How many bytes of it are the file's, as [`DaxWindow::map`] has returned it.
-    pub len: u64,
+    /// What was found as it was mapped.
+    pub shown: Shown,
     /// Whether the descriptor can write.
     pub writable: bool,
     /// Whether the file belongs to the user that daxvm acts as.
     pub is_own: bool,
 }
 
-impl MappedPart<'_> {
-    /// Whether mincore(2) says the truth about it. Of files that somebody neither owns nor may write to, Linux says that all
-    /// pages are there (since 5.2: who may not change a file is not to learn who reads it).
-    fn is_told(&self) -> bool {
-        let may_write = || {
-            let flags = AtFlags::EMPTY_PATH | AtFlags::EACCESS;
-            rustix::fs::accessat(self.fd, c"", Access::WRITE_OK, flags).is_ok()
-        };
-        self.writable || self.is_own || may_write()
-    }
-}
-
 impl DaxWindow {
     /// Has the guest find pages of a part of a file without a fault. What cannot be done is left to the guest's faults.
     /// Returns the number of bytes of the pages that it finds.
     pub fn prefault(&self, part: MappedPart<'_>, prefault: Prefault) -> u64 {
-        let end = part.moffset.checked_add(part.len);
-        if end.is_none_or(|end| end > self.0.size) || !part.moffset.is_multiple_of(PAGE) {
+        let MappedPart { fd, foffset, moffset, shown, .. } = part;
+        let len = shown.bytes;
+        let is_outside = moffset.checked_add(len).is_none_or(|end| end > self.0.size);
+        if len == 0 || is_outside || !moffset.is_multiple_of(PAGE) {
             return 0;
         }
         let bytes = match prefault {
             Prefault::Never => 0,
-            Prefault::Cached if !part.is_told() => 0,
-            Prefault::Cached => self.0.prefault_cached(part.moffset, part.len),
+            Prefault::Cached if len < SHORTEST_RUN as u64 * PAGE || !self.is_worth_it(shown) => 0,
+            Prefault::Cached => match cached(fd, foffset, len) {
+                Cached::Nothing => 0,
+                Cached::All => self.0.prefault_run(moffset, len),
+                Cached::Unknown if part.writable || part.is_own || is_told(fd) => {
+                    self.0.prefault_cached(moffset, len)
+                }
+                Cached::Unknown => 0,
+            },
             Prefault::All => {
                 // The next chunk too: it is read while the guest is busy with this one.
-                let ahead = NonZeroU64::new(part.len + CHUNK_SIZE);
-                let _ = rustix::fs::fadvise(part.fd, part.foffset, ahead, Advice::WillNeed);
-                self.0.prefault_run(part.moffset, part.len)
+                let ahead = NonZeroU64::new(len + CHUNK_SIZE);
+                let _ = rustix::fs::fadvise(fd, foffset, ahead, Advice::WillNeed);
+                self.0.prefault_run(moffset, len)
             }
         };
         self.0.counts.prefaulted(bytes);
         bytes
+    }
+
+    /// Whether the guest is likely to touch most of what it has mapped: it goes through the file, or the file is small. When
+    /// the window is nearly full, which makes the guest take chunks from files to give them to others (it keeps a fifth free),
+    /// even that of a small file may be gone before.
+    fn is_worth_it(&self, shown: Shown) -> bool {
+        let has_room = self.mapped_chunks() * 4 < self.0.size / CHUNK_SIZE * 3;
+        shown.is_stream || shown.file_size <= SMALL_FILE && has_room
     }
 }
 

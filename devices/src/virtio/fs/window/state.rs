@@ -14,7 +14,7 @@ use super::mmap::{Backing, give_back, replace};
 use super::scratch::Scratch;
 use super::table::{ChunkTable, Mapped};
 use super::watch::Watcher;
-use super::{CHUNK_SHIFT, CHUNK_SIZE, Chunks, WindowError};
+use super::{CHUNK_SHIFT, CHUNK_SIZE, Chunks, Shown, WindowError};
 use crate::virtio::device::NestedPaging;
 
 /// What the window and the watcher share. The table, the files and the address space agree whenever the lock is free.
@@ -72,7 +72,7 @@ impl Shared {
         offset: u64,
         writable: bool,
         fd: BorrowedFd<'_>,
-    ) -> Result<u64, WindowError> {
+    ) -> Result<Shown, WindowError> {
         let _looking = self.looking();
         let mut state = self.lock();
         let (number, size) = self.adopt(&mut state, writable, fd).map_err(WindowError::Map)?;
@@ -109,10 +109,12 @@ impl Shared {
         }
         state.forget_copies(chunks.start(), len);
         self.note_mapped(&mut state, chunks, Mapped { file: number, offset, writable }, fd);
-        if let Some(file) = state.files.get(number) {
+        let is_stream = state.files.get(number).is_some_and(|file| {
             file.is_damaged |= !is_whole;
-        }
-        Ok(part.min(end_of(size).saturating_sub(offset)))
+            file.streams.goes_on(offset, len)
+        });
+        let bytes = part.min(end_of(size).saturating_sub(offset));
+        Ok(Shown { bytes, is_stream, file_size: size })
     }
 
     /// The number of a file, which is watched from now on, and its size in bytes.

@@ -48,8 +48,9 @@ fn present(window: &DaxWindow, moffset: u64, pages: u64) -> Vec<bool> {
 
 /// Maps a chunk of a file, and prefaults it.
 fn map(window: &DaxWindow, moffset: u64, foffset: u64, file: &File, prefault: Prefault) -> u64 {
-    let len = window.map(moffset, foffset, CHUNK_SIZE, true, file.as_fd()).unwrap();
-    prefaulted(window, moffset, foffset, len, file, prefault)
+    let shown = window.map(moffset, foffset, CHUNK_SIZE, true, file.as_fd()).unwrap();
+    let part = MappedPart { fd: file.as_fd(), foffset, moffset, shown, writable: true, is_own: false };
+    window.prefault(part, prefault)
 }
 
 fn prefaulted(
@@ -60,7 +61,8 @@ fn prefaulted(
     file: &File,
     prefault: Prefault,
 ) -> u64 {
-    let part = MappedPart { fd: file.as_fd(), foffset, moffset, len, writable: true, is_own: false };
+    let shown = Shown { bytes: len, is_stream: true, file_size: len };
+    let part = MappedPart { fd: file.as_fd(), foffset, moffset, shown, writable: true, is_own: false };
     window.prefault(part, prefault)
 }
 
@@ -129,12 +131,37 @@ fn pages_behind_the_end_of_a_file_are_left_alone() {
     }
     // It becomes shorter between the mapping and the prefault.
     let file = cached_file(&directory, CHUNK_SIZE);
-    let len = window.map(0, 0, CHUNK_SIZE, true, file.as_fd()).unwrap();
+    let len = window.map(0, 0, CHUNK_SIZE, true, file.as_fd()).unwrap().bytes;
     file.set_len(0).unwrap();
     for prefault in [Prefault::Cached, Prefault::All] {
         prefaulted(&window, 0, 0, len, &file, prefault);
     }
     assert_eq!(window.counters().replaced_pages, 0, "nothing was touched that is not there");
+}
+
+#[test]
+fn what_is_cached_is_made_present_where_the_guest_is_likely_to_touch_it() {
+    let Some(directory) = directory_with_attributes() else { return };
+    let window = DaxWindow::new(SIZE).unwrap();
+    let (small, large) = (cached_file(&directory, 8 * CHUNK_SIZE), cached_file(&directory, 9 * CHUNK_SIZE));
+    let chunk = |file: &File, moffset: u64, foffset: u64, prefault| {
+        map(&window, moffset * CHUNK_SIZE, foffset * CHUNK_SIZE, file, prefault)
+    };
+    assert_eq!(chunk(&large, 0, 5, Prefault::Cached), 0, "somewhere in a large file");
+    assert_eq!(chunk(&large, 0, 6, Prefault::Cached), CHUNK_SIZE, "the next chunk of it");
+    assert_eq!(chunk(&large, 0, 0, Prefault::Cached), CHUNK_SIZE, "its beginning");
+    assert_eq!(chunk(&large, 0, 3, Prefault::All), CHUNK_SIZE, "all is all");
+    for (moffset, foffset) in (0..11).zip([7, 5, 3].into_iter().cycle()) {
+        assert_eq!(chunk(&small, moffset, foffset, Prefault::Cached), CHUNK_SIZE, "there is room");
+    }
+    // Twelve of sixteen.
+    assert_eq!(chunk(&small, 11, 1, Prefault::Cached), 0, "somewhere");
+    assert_eq!(chunk(&small, 12, 2, Prefault::Cached), CHUNK_SIZE, "the next one");
+    assert_eq!(chunk(&small, 13, 5, Prefault::Cached), 0, "somewhere else");
+    assert_eq!(chunk(&small, 14, 0, Prefault::Cached), CHUNK_SIZE, "the beginning");
+    assert_eq!(chunk(&small, 15, 7, Prefault::All), CHUNK_SIZE, "all is all");
+    window.unmap(0, 8 * CHUNK_SIZE).unwrap();
+    assert_eq!(chunk(&small, 0, 5, Prefault::Cached), CHUNK_SIZE, "there is room again");
 }
 
 #[test]
