@@ -34,6 +34,8 @@ mod per_file_life;
 mod per_file_room;
 #[path = "guest/per_file_table.rs"]
 mod per_file_table;
+#[path = "guest/prefault.rs"]
+mod prefault;
 #[path = "guest/pressure.rs"]
 mod pressure;
 #[path = "guest/room.rs"]
@@ -116,6 +118,7 @@ fn trials(places: &Result<Places, String>) -> Vec<Trial> {
         machine::trials(places, kernel, &mut trials);
         host_changes::trials(places, kernel, &mut trials);
         room::trials(places, kernel, &mut trials);
+        prefault::trials(places, kernel, &mut trials);
     }
     for kernel in RUNNER_KERNELS {
         runner::trials(places, kernel, &mut trials);

@@ -28,6 +28,7 @@ use crate::exit::Buses;
 use crate::interrupts::Line;
 use crate::layout::{self, irq, ports};
 use crate::memory::{GuestRam, MemoryError, Slot, Slots};
+use crate::prefault::PrefaultVcpu;
 use crate::report::ShareCounters;
 use crate::vcpu::Memory;
 use crate::vm::{Ending, Parts, Vm, Wiring};
@@ -132,6 +133,7 @@ pub(crate) fn build(config: ValidConfig, wiring: Wiring) -> Result<Vm, BuildErro
         .collect::<Result<_, _>>()?;
     let windows = config.windows()?;
     let descriptors = descriptors_per_share(&windows.iter().map(|window| window.size).collect::<Vec<_>>());
+    let may_prefault = windows.iter().any(ShareWindow::may_prefault);
     let shares = config
         .shares
         .iter()
@@ -142,6 +144,9 @@ pub(crate) fn build(config: ValidConfig, wiring: Wiring) -> Result<Vm, BuildErro
     let rsdp = acpi::write_tables(&memory, config.cpus, &mmio_64).map_err(BuildError::Acpi)?;
     let entry = load_guest(&config, wiring.initramfs.as_deref(), &memory, rsdp)?;
     let vcpus = create_vcpus(&vm, &cpuid, config.cpus, &memory, entry)?;
+    if may_prefault {
+        add_prefault_vcpu(&kvm, &vm, &cpuid, config.cpus, &manager)?;
+    }
     let parts = Parts {
         buses,
         memory: Memory { all: devices_memory, windows: manager.windows() },
@@ -237,6 +242,7 @@ fn add_share(
         read_only: share.read_only,
         window_size: window.size,
         policy: window.policy,
+        prefault: window.prefault,
         cache: share.cache,
         request_queues: config.cpus.min(MAX_REQUEST_QUEUES).into(),
         descriptors,
@@ -307,9 +313,7 @@ fn create_vcpus(
     (0..count)
         .map(|id| {
             let vcpu = vm.create_vcpu(id.into()).map_err(|e| BuildError::Kvm("create a vCPU", e))?;
-            let no_room =
-                |_| BuildError::Kvm("take so many CPUID leaves", kvm_ioctls::Error::new(libc::E2BIG));
-            let cpuid = cpuid::for_vcpu(supported, id, count).map_err(no_room)?;
+            let cpuid = vcpu_cpuid(supported, id, count)?;
             vcpu.set_cpuid2(&cpuid).map_err(|e| BuildError::Kvm("set a vCPU's CPUID", e))?;
             entry::set_up_any(&vcpu)?;
             if id == 0 {
@@ -318,6 +322,26 @@ fn create_vcpus(
             Ok(vcpu)
         })
         .collect()
+}
+
+fn vcpu_cpuid(supported: &CpuId, id: u8, count: u8) -> Result<CpuId, BuildError> {
+    let no_room = |_| BuildError::Kvm("take so many CPUID leaves", kvm_ioctls::Error::new(libc::E2BIG));
+    cpuid::for_vcpu(supported, id, count).map_err(no_room)
+}
+
+/// Adds the vCPU that prefaults windows, after those of the guest, whose numbers begin at 0.
+fn add_prefault_vcpu(
+    kvm: &Kvm,
+    vm: &VmFd,
+    supported: &CpuId,
+    cpus: u8,
+    manager: &DeviceManager,
+) -> Result<(), BuildError> {
+    let cpuid = vcpu_cpuid(supported, cpus, cpus)?;
+    if let Some(vcpu) = PrefaultVcpu::new(kvm, vm, cpus, &cpuid) {
+        manager.windows().prefault_by(vcpu);
+    }
+    Ok(())
 }
 
 fn map_ram(slots: &Arc<Slots>, ram: &GuestRam) -> Result<Vec<Slot>, BuildError> {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 
 use devices::bus::{Bus, BusDevice};
 use devices::pci::{Bar, BarKind, BarMapper, PciBus};
@@ -15,6 +15,7 @@ use vm_memory::{GuestAddress, GuestAddressSpace};
 use crate::interrupts::Routes;
 use crate::layout::{self, Apertures};
 use crate::memory::{Slot, Slots, describe_region};
+use crate::prefault::PrefaultVcpu;
 
 /// The PCI devices of a VM.
 pub struct DeviceManager {
@@ -88,9 +89,17 @@ impl DeviceManager {
 
 /// The windows that the guest sees now, by guest-physical address.
 #[derive(Default)]
-pub struct Windows(Mutex<BTreeMap<u64, MappedWindow>>);
+pub struct Windows {
+    shown: Mutex<BTreeMap<u64, MappedWindow>>,
+    prefault: OnceLock<Arc<PrefaultVcpu>>,
+}
 
 impl Windows {
+    /// Has pages of windows that the guest will see put in its reach by this vCPU. The first one counts.
+    pub fn prefault_by(&self, vcpu: Arc<PrefaultVcpu>) {
+        let _ = self.prefault.set(vcpu);
+    }
+
     /// Whether the host could take anything away from the guest.
     pub fn are_used(&self) -> bool {
         self.lock().values().any(|window| window.memory.is_used())
@@ -108,8 +117,16 @@ impl Windows {
         (address - start < memory.size()).then(|| memory.repair(address - start, write))
     }
 
+    /// Carries out a change of the memory slots, while no memory is prefaulted.
+    fn change_slots<T>(&self, change: impl FnOnce() -> T) -> T {
+        match self.prefault.get() {
+            Some(vcpu) => vcpu.while_idle(change),
+            None => change(),
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, MappedWindow>> {
-        self.0.lock().unwrap_or_else(|e| e.into_inner())
+        self.shown.lock().unwrap_or_else(|e| e.into_inner())
     }
 }
 
@@ -150,19 +167,23 @@ impl KvmBarMapper {
         // Inserting the region first refuses an overlap with another window or RAM.
         let memory = self.memory.memory().insert_region(Arc::new(region)).map_err(io::Error::other)?;
         // SAFETY: `HostMemory` stays where it is as long as the object lives, and `windows` keeps it beside the slot.
-        let slot = unsafe { self.slots.map(host, size, address) }.map_err(io::Error::other)?;
+        let map = || unsafe { self.slots.map(host, size, address) };
+        let slot = self.windows.change_slots(map).map_err(io::Error::other)?;
         self.replace_memory(memory);
         windows.insert(address, MappedWindow { _slot: slot, memory: Arc::clone(window) });
+        window.set_nested_paging(self.windows.prefault.get().map(|vcpu| vcpu.at(address)));
         Ok(())
     }
 
     fn unmap_window(&self, window: &Arc<dyn HostMemory>, address: u64) {
         let mut windows = self.windows.lock();
+        window.set_nested_paging(None);
         match self.memory.memory().remove_region(GuestAddress(address), window.size()) {
             Ok((memory, _)) => self.replace_memory(memory),
             Err(error) => tracing::error!(%error, "A window was not part of the devices' memory"),
         }
-        windows.remove(&address);
+        let gone = windows.remove(&address);
+        self.windows.change_slots(|| drop(gone));
     }
 
     fn replace_memory(&self, memory: vm_memory::GuestMemoryMmap) {

@@ -26,6 +26,7 @@ mod memory;
 pub mod metrics;
 mod outcome;
 mod patrol;
+mod prefault;
 mod report;
 pub mod runner;
 mod top;

@@ -60,6 +60,9 @@ const WINDOW_COUNTERS: &[Entry<WindowCounters>] = &[
     ("window_upgraded_chunks", "Chunks that became writable in place", |w| w.upgraded_chunks),
     ("window_overlaid_chunks", "Chunks that were mapped over another mapping", |w| w.overlaid_chunks),
     ("window_cleared_chunks", "Chunks that were unmapped because a session ended", |w| w.cleared_chunks),
+    ("window_prefaults", "Times that pages were put in the guest's reach as they were mapped", |w| {
+        w.prefaults
+    }),
     (
         "window_replaced_pages",
         "Pages that were replaced by zeros because the device could not access them",
@@ -161,6 +164,10 @@ impl Exposition {
             let samples = with_window().map(|(share, _)| (labels(share), value(share)));
             totals(out, name, help, None, samples.collect())?;
         }
+        let prefaulted =
+            with_window().map(|(share, window)| (labels(share), window.prefault_bytes)).collect();
+        let help = "Pages that were put in the guest's reach as they were mapped";
+        totals(out, "window_prefault", help, Some(&Unit::Bytes), prefaulted)?;
         let setup = with_window().map(|(share, _)| (labels(share), &share.setup_latency)).collect();
         durations(out, "window_setup_mapping_duration", "Time that SETUPMAPPING requests took", setup)?;
         let remove = with_window().map(|(share, _)| (labels(share), &share.remove_latency)).collect();

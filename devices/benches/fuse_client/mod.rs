@@ -109,6 +109,7 @@ impl Client {
             read_only: false,
             window_size: chunks * CHUNK_SIZE,
             policy: Policy::Always,
+            prefault: Default::default(),
             cache: CacheMode::Auto,
             request_queues: queues,
             descriptors: 1_000_000,

@@ -1,6 +1,7 @@
 //! What a virtio device is to its transport: [`VirtioDevice`]; and what the transport hands over when the driver has
 //! set DRIVER_OK: [`Activation`], everything that the device needs to run, in one structure.
 
+use std::io;
 use std::sync::Arc;
 
 use virtio_queue::Queue;
@@ -83,7 +84,7 @@ pub struct ActivateError {
     pub reason: String,
     /// What the system said.
     #[source]
-    pub source: Option<std::io::Error>,
+    pub source: Option<io::Error>,
 }
 
 /// What [`VirtioDevice::read_config`] does for a device whose configuration space is `space`.
@@ -115,11 +116,26 @@ pub trait HostMemory: Send + Sync {
         false
     }
 
+    /// Tells it that the guest sees it from now on, and by what pages can be put in the guest's reach; or, with `None`, that
+    /// the guest will not see it any more. Nothing is asked of the old object once this returns.
+    fn set_nested_paging(&self, _nested: Option<Arc<dyn NestedPaging>>) {}
+
     /// Makes the page at `offset` accessible again, to be read or to be written, if the host cannot provide it any more.
     /// A vCPU that could not access it, or seems to wait for it in vain, tries again after that.
     fn repair(&self, _offset: u64, _write: bool) -> Repair {
         Repair::Unneeded
     }
+}
+
+/// The page tables by which the CPU finds a [`HostMemory`] for the guest (EPT, NPT). The hypervisor fills them as the guest
+/// touches one page after the other, which takes it out of the guest each time.
+pub trait NestedPaging: Send + Sync {
+    /// Fills them for `len` bytes at `offset` of the memory, both whole pages. What the host has no page for at hand it
+    /// fetches, as for an access that reads. Returns how many bytes the guest finds now, from `offset` on.
+    ///
+    /// # Errors
+    /// EOPNOTSUPP if the hypervisor cannot do that; EFAULT or ENOENT if there is no page at `offset`.
+    fn prefault(&self, offset: u64, len: u64) -> io::Result<u64>;
 }
 
 /// What [`HostMemory::repair`] came to.

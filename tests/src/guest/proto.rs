@@ -334,6 +334,8 @@ pub enum Access {
     Read(usize),
     /// A shared mapping, from the start.
     Mmap,
+    /// The first byte of each page of a shared mapping, in order. The digest is of these bytes.
+    Touch,
     /// pread(2) of whole blocks at random offsets.
     RandomRead(Random),
     /// Blocks at random offsets of a shared mapping.

@@ -41,6 +41,11 @@ impl Share {
         self.with(&format!("dax={policy}"))
     }
 
+    /// Which pages the guest finds at hand: `never`, `cached`, `all`.
+    pub fn prefault(self, prefault: &str) -> Share {
+        self.with(&format!("prefault={prefault}"))
+    }
+
     /// What the guest may keep: `never`, `auto`, `metadata`, `always`.
     pub fn cache(self, mode: &str) -> Share {
         self.with(&format!("cache={mode}"))

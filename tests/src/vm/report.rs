@@ -64,6 +64,12 @@ pub struct WindowCounts {
     pub upgraded_chunks: u64,
     /// Chunks that were unmapped because a session ended.
     pub cleared_chunks: u64,
+    /// Times that pages were put in the guest's reach as they were mapped.
+    #[serde(default)]
+    pub prefaults: u64,
+    /// Bytes of these pages.
+    #[serde(default)]
+    pub prefault_bytes: u64,
     /// Files that became shorter while they were mapped.
     #[serde(default)]
     pub lost_files: u64,

@@ -292,13 +292,15 @@ fn gone(kernel: &Kernel, cpus: u32, dir: &Path) -> Outcome {
 }
 
 /// A file system of the host that is mounted for one check.
-struct Disk {
-    dir: PathBuf,
+pub struct Disk {
+    /// Where it is mounted.
+    pub dir: PathBuf,
     undo: Vec<Vec<String>>,
 }
 
 impl Disk {
-    fn run(words: &[&str]) -> Result<String, Box<dyn std::error::Error>> {
+    /// Runs a program; returns what it says.
+    pub fn run(words: &[&str]) -> Result<String, Box<dyn std::error::Error>> {
         let output = Command::new(words[0]).args(&words[1..]).output();
         let output = output.map_err(|error| format!("{}: {error}", words[0]))?;
         ensure!(output.status.success(), "{words:?}: {}", String::from_utf8_lossy(&output.stderr));
@@ -309,7 +311,8 @@ impl Disk {
         self.undo.push(words.iter().map(|word| (*word).to_owned()).collect());
     }
 
-    fn mount(
+    /// Mounts a file system in `dir`.
+    pub fn mount(
         dir: &Path,
         kind: &str,
         source: &str,

@@ -46,6 +46,8 @@ pub struct ShareStatus {
     pub window: u64,
     /// The DAX policy: its name, or its rule file.
     pub dax: String,
+    /// Which pages are prefaulted, where no rule says it.
+    pub prefault: String,
     /// The cache mode.
     pub cache: String,
 }

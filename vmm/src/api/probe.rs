@@ -80,6 +80,7 @@ impl Probe {
             read_only: share.read_only,
             window: handle.snapshot().window.map_or(0, |window| window.size),
             dax: share.dax.to_string(),
+            prefault: share.prefault.to_string(),
             cache: share.cache.to_string(),
         });
         let disks =
@@ -166,6 +167,7 @@ pub(crate) mod testing {
             read_only: true,
             window: Some(window),
             dax: "auto".parse().unwrap(),
+            prefault: Default::default(),
             cache: Default::default(),
         };
         let shares = vec![share("with \"window\"", 64 << 20), share("without", 0)];
@@ -178,6 +180,7 @@ pub(crate) mod testing {
                     read_only: share.read_only,
                     window_size: share.window.unwrap_or(0),
                     policy: share.dax.load().unwrap(),
+                    prefault: share.prefault,
                     cache: share.cache,
                     request_queues: 1,
                     descriptors: 1_000,

@@ -65,7 +65,8 @@ impl Display for Machine<'_> {
                 0 => writeln!(f, "no DAX window")?,
                 size => {
                     let (bytes, cost) = (Bytes(size), Bytes(WindowFacts::fixed_cost(size)));
-                    writeln!(f, "DAX {}, window of {bytes} for {cost} of RAM", window.policy)?;
+                    write!(f, "DAX {}, window of {bytes} for {cost} of RAM", window.policy)?;
+                    writeln!(f, ", prefault {}", window.prefault)?;
                 }
             }
         }

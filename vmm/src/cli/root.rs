@@ -1,8 +1,9 @@
-//! `--root DIR[,rw|ro|overlay][,dax=POLICY][,window=SIZE]` and `--disk FILE[,ro]`.
+//! `--root DIR[,rw|ro|overlay][,dax=POLICY][,window=SIZE][,prefault=PAGES]` and `--disk FILE[,ro]`.
 
 use devices::text::unknown;
 use devices::virtio::fs::policy::UnknownPolicy;
 
+use super::share::parse_prefault;
 use crate::config::{DiskConfig, RootConfig, parse_window, split_options};
 use crate::guest::protocol::RootMode;
 
@@ -12,7 +13,8 @@ const COMMA: &str = "a comma in a path is written twice (`,,`)";
 pub fn parse_root(text: &str) -> Result<RootConfig, String> {
     let mut options = split_options(text).into_iter();
     let path = options.next().filter(|path| !path.is_empty());
-    let path = path.ok_or("give a directory: DIR[,rw|ro|overlay][,dax=POLICY][,window=SIZE]")?;
+    let path =
+        path.ok_or("give a directory: DIR[,rw|ro|overlay][,dax=POLICY][,window=SIZE][,prefault=PAGES]")?;
     let mut root = RootConfig { path: path.into(), ..RootConfig::default() };
     for option in options {
         match option.split_once('=') {
@@ -23,11 +25,12 @@ pub fn parse_root(text: &str) -> Result<RootConfig, String> {
                 root.dax = Some(policy.parse().map_err(|error: UnknownPolicy| error.to_string())?);
             }
             Some(("window", size)) => root.window = Some(parse_window(size)?),
+            Some(("prefault", pages)) => root.prefault = Some(parse_prefault(pages)?),
             Some((key, _)) => {
-                return Err(format!("{}; {COMMA}", unknown("key", key, &["dax", "window"])));
+                return Err(format!("{}; {COMMA}", unknown("key", key, &["dax", "window", "prefault"])));
             }
             None => {
-                let known = ["rw", "ro", "overlay", "dax", "window"];
+                let known = ["rw", "ro", "overlay", "dax", "window", "prefault"];
                 return Err(format!("{}; {COMMA}", unknown("option", &option, &known)));
             }
         }
@@ -51,13 +54,16 @@ pub fn parse_disk(text: &str) -> Result<DiskConfig, String> {
 
 #[cfg(test)]
 mod tests {
+    use devices::virtio::fs::policy::Prefault;
+
     use super::*;
 
     #[test]
     fn a_root_with_everything() {
-        let root = parse_root("/srv/a,,b,rw,dax=size:64K,window=64M").unwrap();
+        let root = parse_root("/srv/a,,b,rw,dax=size:64K,window=64M,prefault=never").unwrap();
         assert_eq!((root.path.to_str(), root.mode), (Some("/srv/a,b"), RootMode::Rw));
         assert_eq!((root.dax, root.window), (Some("size:64K".parse().unwrap()), Some(64 << 20)));
+        assert_eq!(root.prefault, Some(Prefault::Never));
         assert_eq!(
             parse_root("debian").unwrap(),
             RootConfig { path: "debian".into(), ..RootConfig::default() }
@@ -83,6 +89,7 @@ mod tests {
             ("/,windo=32M", "did you mean `window`"),
             ("/,window=33M", "use 32M or 34M"),
             ("/,dax=alway", "did you mean `always`"),
+            ("/,prefault=al", "did you mean `all`"),
         ] {
             let error = parse_root(text).unwrap_err();
             assert!(error.contains(says), "{text}: {error}");

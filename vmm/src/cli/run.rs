@@ -58,7 +58,8 @@ pub struct RunArgs {
     )]
     rng: Option<bool>,
     /// The root directory of a guest with a command, by default the host's `/`. Changes vanish (`overlay`, the default),
-    /// are refused (`ro`) or go to the host (`rw`). dax=POLICY and window=SIZE as for --share
+    /// are refused (`ro`) or go to the host (`rw`). dax=POLICY, window=SIZE and prefault=PAGES as for
+    /// --share
     #[arg(
         long, value_name = "DIR[,rw|ro|overlay][,KEY=VALUE]", value_parser = parse_root, help_heading = "Directories"
     )]
@@ -67,8 +68,8 @@ pub struct RunArgs {
     #[arg(long, value_name = "PATH", help_heading = "Directories")]
     rw: Vec<PathBuf>,
     /// Share a directory: tag=TAG,path=DIR and, if wanted, ro, window=SIZE, dax=POLICY (never, always, inode, size,
-    /// size:BYTES, auto, or a rule file), cache=MODE (never, auto, metadata, always); may be repeated. A comma in a path
-    /// is written twice
+    /// size:BYTES, auto, or a rule file), prefault=PAGES (those of DAX files that the guest finds at hand: never, cached,
+    /// all), cache=MODE (never, auto, metadata, always); may be repeated. A comma in a path is written twice
     #[arg(long = "share", value_name = "KEY=VALUE,...", value_parser = parse_share, help_heading = "Directories")]
     shares: Vec<ShareConfig>,
     /// Allow DAX windows that take more than an eighth of the guest's RAM for page descriptors

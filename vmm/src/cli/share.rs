@@ -1,20 +1,20 @@
-//! `--share tag=TAG,path=DIR[,ro][,window=SIZE][,dax=POLICY][,cache=MODE]`. A comma in a value is written twice.
+//! `--share tag=TAG,path=DIR[,ro][,window=SIZE][,dax=POLICY][,prefault=PAGES][,cache=MODE]`. A comma in a value is written twice.
 
 use std::path::PathBuf;
 
 use devices::text::unknown;
 use devices::virtio::fs::CacheMode;
-use devices::virtio::fs::policy::UnknownPolicy;
+use devices::virtio::fs::policy::{Prefault, UnknownPolicy, UnknownPrefault};
 
 use crate::config::{DaxConfig, ShareConfig, parse_tag, parse_window, split_options};
 
-const KEYS: [&str; 6] = ["tag", "path", "ro", "window", "dax", "cache"];
+const KEYS: [&str; 7] = ["tag", "path", "ro", "window", "dax", "prefault", "cache"];
 
 /// Parses the value of `--share`.
 pub fn parse_share(text: &str) -> Result<ShareConfig, String> {
     let (mut tag, mut path) = (None, None);
     let (mut read_only, mut window, mut dax) = (false, None, DaxConfig::default());
-    let mut cache = CacheMode::default();
+    let (mut prefault, mut cache) = (Prefault::default(), CacheMode::default());
     for part in split_options(text) {
         let (key, value) = match part.split_once('=') {
             Some((key, value)) => (key, Some(value)),
@@ -33,6 +33,7 @@ pub fn parse_share(text: &str) -> Result<ShareConfig, String> {
             },
             "window" => window = Some(parse_window(value("256M")?)?),
             "dax" => dax = value("auto")?.parse().map_err(|error: UnknownPolicy| error.to_string())?,
+            "prefault" => prefault = parse_prefault(value("cached")?)?,
             "cache" => cache = parse_cache(value("auto")?)?,
             _ => {
                 let unknown = unknown("key", key, &KEYS);
@@ -41,7 +42,9 @@ pub fn parse_share(text: &str) -> Result<ShareConfig, String> {
         }
     }
     let missing = |key: &str| {
-        format!("a share needs `{key}`: tag=TAG,path=DIR[,ro][,window=SIZE][,dax=POLICY][,cache=MODE]")
+        format!(
+            "a share needs `{key}`: tag=TAG,path=DIR[,ro][,window=SIZE][,dax=POLICY][,prefault=PAGES][,cache=MODE]"
+        )
     };
     Ok(ShareConfig {
         tag: tag.ok_or_else(|| missing("tag"))?,
@@ -49,8 +52,14 @@ pub fn parse_share(text: &str) -> Result<ShareConfig, String> {
         read_only,
         window,
         dax,
+        prefault,
         cache,
     })
+}
+
+/// Parses the value of `prefault`.
+pub(super) fn parse_prefault(text: &str) -> Result<Prefault, String> {
+    text.parse().map_err(|error: UnknownPrefault| error.to_string())
 }
 
 fn parse_cache(text: &str) -> Result<CacheMode, String> {
@@ -65,15 +74,16 @@ mod tests {
 
     #[test]
     fn a_share_with_everything() {
-        let share = parse_share("tag=src,path=/a=b,ro,window=64M,dax=never,cache=none").unwrap();
+        let share = parse_share("tag=src,path=/a=b,ro,window=64M,dax=never,prefault=all,cache=none").unwrap();
         assert_eq!((share.tag.as_str(), share.path.to_str()), ("src", Some("/a=b")));
         assert_eq!(
             (share.read_only, share.window, share.dax),
             (true, Some(64 << 20), DaxConfig::Named(Policy::Never))
         );
-        assert_eq!(share.cache, CacheMode::Never);
+        assert_eq!((share.prefault, share.cache), (Prefault::All, CacheMode::Never));
         assert_eq!(parse_share("tag=src,path=/a,,b,ro").unwrap().path.to_str(), Some("/a,b"));
-        assert_eq!(parse_share("tag=src,path=/").unwrap().cache, CacheMode::Auto);
+        let share = parse_share("tag=src,path=/").unwrap();
+        assert_eq!((share.prefault, share.cache), (Prefault::Cached, CacheMode::Auto));
     }
 
     #[test]
@@ -98,6 +108,8 @@ mod tests {
             ("tag=a,path=/a,b", "written twice (`,,`)"),
             ("tag=a,path=/,dax=alway", "did you mean `always`"),
             ("tag=a,path=/,cache=alway", "did you mean `always`"),
+            ("tag=a,path=/,prefault=cache", "did you mean `cached`"),
+            ("tag=a,path=/,prefault", "prefault=cached"),
             ("tag=a,path=/,dax=size:x", "`x` is no size"),
             ("tag=a,path=/,readonly", "known are"),
         ] {

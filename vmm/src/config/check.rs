@@ -249,6 +249,7 @@ mod tests {
             read_only: false,
             window: None,
             dax: DaxConfig::default(),
+            prefault: Default::default(),
             cache: Default::default(),
         }
     }

@@ -131,6 +131,8 @@ mod tests {
     use std::time::Duration;
 
     use super::super::{DaxConfig, DiskConfig, RootConfig, ShareConfig};
+    use devices::virtio::fs::policy::Prefault;
+
     use super::*;
     use crate::guest::protocol::RootMode;
 
@@ -153,7 +155,7 @@ metrics-file = "out/daxvm.prom"
 metrics-interval = "500ms"
 api-socket = "/run/vm.sock"
 command = ["make", "test"]
-root = { path = "debian", mode = "ro", dax = "auto", window = "64M" }
+root = { path = "debian", mode = "ro", dax = "auto", window = "64M", prefault = "never" }
 env = { RUST_LOG = "debug", HOME = true }
 
 [[share]]
@@ -162,6 +164,7 @@ path = "../src"
 read-only = true
 window = 0
 dax = "rules.toml"
+prefault = "all"
 cache = "none"
 
 [[disk]]
@@ -187,6 +190,7 @@ read-only = true
                 mode: RootMode::Ro,
                 dax: Some("auto".parse().unwrap()),
                 window: Some(64 << 20),
+                prefault: Some(Prefault::Never),
             },
             rw: vec!["/etc/vm/target".into()],
             shares: vec![ShareConfig {
@@ -195,6 +199,7 @@ read-only = true
                 read_only: true,
                 window: Some(0),
                 dax: DaxConfig::File("/etc/vm/rules.toml".into()),
+                prefault: Prefault::All,
                 cache: "none".parse().unwrap(),
             }],
             disks: vec![DiskConfig { path: "/etc/vm/disk.img".into(), read_only: true }],

@@ -15,7 +15,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use devices::virtio::fs::CacheMode;
-use devices::virtio::fs::policy::{Policy, RuleFileError, UnknownPolicy};
+use devices::virtio::fs::policy::{Policy, Prefault, RuleFileError, UnknownPolicy};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -132,6 +132,10 @@ pub struct ShareConfig {
     /// Which files are DAX.
     #[serde(default)]
     pub dax: DaxConfig,
+    /// Which pages of DAX files the guest finds at hand once it has mapped them, where no rule says it.
+    #[serde(default)]
+    #[schemars(schema_with = "values::prefault_schema")]
+    pub prefault: Prefault,
     /// What the guest may keep of what it has seen.
     #[serde(default)]
     #[schemars(schema_with = "values::cache_schema")]
@@ -304,6 +308,7 @@ mod tests {
             read_only: false,
             window: None,
             dax: DaxConfig::default(),
+            prefault: Prefault::default(),
             cache: CacheMode::Auto,
         }
     }

@@ -6,6 +6,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use devices::virtio::fs::policy::Prefault;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -99,11 +100,14 @@ pub struct RootConfig {
     #[serde(with = "values::window", skip_serializing_if = "Option::is_none")]
     #[schemars(schema_with = "values::size_schema")]
     pub window: Option<u64>,
+    /// Which pages of DAX files the guest finds at hand once it has mapped them.
+    #[schemars(schema_with = "values::prefault_schema")]
+    pub prefault: Option<Prefault>,
 }
 
 impl Default for RootConfig {
     fn default() -> RootConfig {
-        RootConfig { path: "/".into(), mode: RootMode::default(), dax: None, window: None }
+        RootConfig { path: "/".into(), mode: RootMode::default(), dax: None, window: None, prefault: None }
     }
 }
 
@@ -185,6 +189,7 @@ mod tests {
             read_only: false,
             window: None,
             dax: DaxConfig::default(),
+            prefault: Default::default(),
             cache: Default::default(),
         }
     }
@@ -195,7 +200,7 @@ mod tests {
 
     #[test]
     fn single_values_are_replaced_and_lists_grow() {
-        let root = RootConfig { path: "/srv/debian".into(), mode: RootMode::Rw, dax: None, window: None };
+        let root = RootConfig { path: "/srv/debian".into(), mode: RootMode::Rw, ..RootConfig::default() };
         let base = RunConfig {
             kernel: Some("a".into()),
             cmdline: "quiet loglevel=3".into(),

@@ -361,6 +361,11 @@ pub(super) fn cache_schema(_: &mut SchemaGenerator) -> Schema {
     json_schema!({ "enum": ["never", "none", "auto", "metadata", "always"] })
 }
 
+/// The schema of a way to prefault.
+pub(super) fn prefault_schema(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({ "enum": ["never", "cached", "all"] })
+}
+
 /// Splits `FIRST,SECOND,...`. A comma that belongs to a value is written twice, as for QEMU.
 pub fn split_options(text: &str) -> Vec<String> {
     let mut parts = vec![String::new()];

@@ -1,7 +1,7 @@
 //! The DAX windows of a machine's shares, and what they cost the guest together.
 
 use devices::text::Bytes;
-use devices::virtio::fs::policy::{Policy, RuleFileError, WindowFacts};
+use devices::virtio::fs::policy::{Policy, Prefault, RuleFileError, WindowFacts};
 use devices::virtio::fs::window::{CHUNK_SIZE, MIN_WINDOW_SIZE, default_window_size};
 
 use super::{ShareConfig, VmConfig};
@@ -16,6 +16,15 @@ pub struct ShareWindow {
     pub policy: Policy,
     /// Bytes of the window; 0 for none.
     pub size: u64,
+    /// Which pages of DAX files are put in the guest's reach, where no rule says it.
+    pub prefault: Prefault,
+}
+
+impl ShareWindow {
+    /// Whether any page could be put in the guest's reach.
+    pub fn may_prefault(&self) -> bool {
+        self.size > 0 && self.policy.may_prefault(self.prefault)
+    }
 }
 
 /// Why shares cannot have their windows.
@@ -70,7 +79,7 @@ impl VmConfig {
             .zip(policies)
             .map(|(share, policy)| {
                 let default = if policy.may_grant() { default } else { 0 };
-                ShareWindow { size: share.window.unwrap_or(default), policy }
+                ShareWindow { size: share.window.unwrap_or(default), policy, prefault: share.prefault }
             })
             .collect();
         match self.too_costly(&windows) {
@@ -108,6 +117,7 @@ mod tests {
             read_only: false,
             window: *window,
             dax: DaxConfig::Named(Policy::Always),
+            prefault: Default::default(),
             cache: Default::default(),
         };
         VmConfig { memory, shares: windows.iter().enumerate().map(share).collect(), ..VmConfig::default() }

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use devices::virtio::fs::CacheMode;
-use devices::virtio::fs::policy::Policy;
+use devices::virtio::fs::policy::{Policy, Prefault};
 use devices::virtio::fs::window::default_window_size;
 
 use super::kernel::{Kernel, KernelError};
@@ -255,6 +255,7 @@ fn root_share(root: &RootConfig, memory: u64) -> ShareConfig {
         read_only: root.mode != RootMode::Rw,
         window: root.window.or(default_window),
         dax: root.dax.clone().unwrap_or(DaxConfig::Named(ROOT_DAX)),
+        prefault: root.prefault.unwrap_or_default(),
         // The host goes on changing its files, and whoever edits one wants the guest to see it.
         cache: CacheMode::Auto,
     }
@@ -302,6 +303,7 @@ fn writable(
                     read_only: false,
                     window: Some(0),
                     dax: DaxConfig::Named(Policy::Never),
+                    prefault: Prefault::Never,
                     cache: CacheMode::Auto,
                 });
                 tag

@@ -38,6 +38,8 @@ pub struct FileCounters {
     pub setup_mappings: u64,
     /// Bytes that were mapped for it, all requests together.
     pub setup_bytes: u64,
+    /// Bytes of pages that were put in the guest's reach as they were mapped.
+    pub prefault_bytes: u64,
     /// Chunks that were taken from it, by REMOVEMAPPING or by mapping another file in their place.
     pub removed_chunks: u64,
     /// Its chunks that were read-only and became writable in place.
@@ -94,6 +96,8 @@ struct Books {
 pub(super) struct Mapped {
     pub(super) chunks: Range<usize>,
     pub(super) writable: bool,
+    /// Bytes of pages that were put in the guest's reach with it.
+    pub(super) prefaulted: u64,
 }
 
 impl Accounts {
@@ -192,7 +196,7 @@ impl Books {
         self.files.put(node, Account { path, counters });
     }
 
-    fn map(&mut self, node: u64, Mapped { chunks, writable }: Mapped, now: u32) {
+    fn map(&mut self, node: u64, Mapped { chunks, writable, prefaulted }: Mapped, now: u32) {
         let (mut filled, mut upgraded, mut churned) = (0, 0, 0);
         let count = chunks.len() as u64;
         if chunks.end > self.chunks.len() {
@@ -219,6 +223,7 @@ impl Books {
             counters.peak_mapped_chunks = counters.peak_mapped_chunks.max(counters.mapped_chunks);
             counters.setup_mappings += 1;
             counters.setup_bytes += count * CHUNK_SIZE;
+            counters.prefault_bytes += prefaulted;
             counters.upgraded_chunks += upgraded;
             counters.churned_chunks += churned;
         }
@@ -255,7 +260,8 @@ mod tests {
 
         fn map(&self, node: u64, chunks: Range<usize>, writable: bool) {
             let path = || format!("file-{node}").into_bytes();
-            self.accounts.mapped(node, Mapped { chunks, writable }, self.now, path);
+            let mapped = Mapped { chunks, writable, prefaulted: 4096 };
+            self.accounts.mapped(node, mapped, self.now, path);
         }
 
         fn later(&mut self, time: Duration) {
@@ -284,6 +290,7 @@ mod tests {
             peak_mapped_chunks: 3,
             setup_mappings: 2,
             setup_bytes: 4 * CHUNK_SIZE,
+            prefault_bytes: 2 * 4096,
             removed_chunks: 1,
             upgraded_chunks: 1,
             churned_chunks: 0,

@@ -11,7 +11,7 @@ use vm_memory::GuestMemoryMmap;
 
 use super::cache::CacheMode;
 use super::counters::{CountersHandle, Counts};
-use super::policy::Policy;
+use super::policy::{Policy, Prefault};
 use super::server::{Server, ServerConfig};
 use super::window::{DaxWindow, WindowSizeError, check_window_size};
 use crate::virtio::device::{
@@ -45,6 +45,8 @@ pub struct FileSystemConfig {
     pub window_size: u64,
     /// Which files are DAX.
     pub policy: Policy,
+    /// Which pages of DAX files are put in the guest's reach as it maps them, where no rule of the policy says it.
+    pub prefault: Prefault,
     /// What the guest may keep of what it has seen.
     pub cache: CacheMode,
     /// Number of request queues, each with its own thread; 1 to [`MAX_REQUEST_QUEUES`].
@@ -139,6 +141,7 @@ impl FileSystemDevice {
             read_only,
             window_size,
             policy,
+            prefault,
             cache,
             request_queues,
             descriptors,
@@ -165,6 +168,7 @@ impl FileSystemDevice {
             root,
             read_only,
             policy,
+            prefault,
             cache,
             window: window.clone(),
             counts: Arc::clone(&counts),

@@ -10,6 +10,7 @@ use std::collections::hash_map::Entry;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use super::policy::Prefault;
 use super::window::CHUNK_SIZE;
 
 /// The bit in which a file's node ids differ: set in that of the DAX inode. The library's ids end below it.
@@ -36,6 +37,16 @@ pub(super) struct KnownHint {
     pub(super) ctime: (i64, i64),
 }
 
+/// What was decided about a file.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub(super) struct Decided {
+    pub(super) dax: bool,
+    /// `None` if the policy was not asked, and it stays as it was.
+    pub(super) prefault: Option<Prefault>,
+    /// The hint, if it was read and can be kept.
+    pub(super) hint: Option<KnownHint>,
+}
+
 /// A regular file that the guest knows.
 #[derive(Default)]
 struct Inode {
@@ -50,6 +61,7 @@ struct Inode {
     /// Whether the guest may have pages of the file that are older than what it then wrote through the window.
     has_old_pages: bool,
     hint: Option<KnownHint>,
+    prefault: Prefault,
 }
 
 /// What an OPEN has to go by.
@@ -88,11 +100,13 @@ impl Inodes {
 
     /// Counts that a file is given out that was not known, in the state that was decided, or that another request has
     /// decided meanwhile. Returns the state, and whether it is the one that was passed.
-    pub(super) fn insert(&self, host: u64, dax: bool, hint: Option<KnownHint>) -> (bool, bool) {
+    pub(super) fn insert(&self, host: u64, decided: Decided) -> (bool, bool) {
+        let Decided { dax, prefault, hint } = decided;
+        let prefault = prefault.unwrap_or_default();
         let mut shard = self.shard(host);
         let (inode, is_new) = match shard.entry(host) {
             Entry::Occupied(known) => (known.into_mut(), false),
-            Entry::Vacant(free) => (free.insert(Inode { dax, hint, ..Inode::default() }), true),
+            Entry::Vacant(free) => (free.insert(Inode { dax, hint, prefault, ..Inode::default() }), true),
         };
         inode.lookups[usize::from(inode.dax)] += 1;
         (inode.dax, is_new)
@@ -123,17 +137,19 @@ impl Inodes {
         })
     }
 
-    /// Whether the guest knows a file as a DAX inode.
-    pub(super) fn is_granted(&self, host: u64) -> bool {
-        self.shard(host).get(&host).is_some_and(|inode| inode.lookups[1] != 0)
+    /// Which pages of a file are put in the guest's reach; `None` if the guest does not know it as a DAX inode.
+    pub(super) fn granted(&self, host: u64) -> Option<Prefault> {
+        self.shard(host).get(&host).filter(|inode| inode.lookups[1] != 0).map(|inode| inode.prefault)
     }
 
     /// Takes note of what was decided about a file that is not open; it is given out so from now on. Returns the state
     /// that it has then, which is the old one if it was opened meanwhile, and whether that is another than before.
-    pub(super) fn decide(&self, host: u64, dax: bool, hint: Option<KnownHint>) -> (bool, bool) {
+    pub(super) fn decide(&self, host: u64, decided: Decided) -> (bool, bool) {
+        let Decided { dax, prefault, hint } = decided;
         let mut shard = self.shard(host);
         let Some(inode) = shard.get_mut(&host) else { return (dax, false) };
         inode.hint = hint.or(inode.hint);
+        inode.prefault = prefault.unwrap_or(inode.prefault);
         let changes = inode.dax != dax && inode.opens == [0; 2];
         if changes {
             inode.dax = dax;
@@ -194,6 +210,10 @@ mod tests {
 
     const NODE: u64 = 1 << 55 | 7;
 
+    fn decided(dax: bool) -> Decided {
+        Decided { dax, prefault: Some(Prefault::Never), hint: None }
+    }
+
     #[test]
     fn a_node_id_says_whether_it_is_dax() {
         for dax in [false, true] {
@@ -206,25 +226,25 @@ mod tests {
     fn the_first_decision_holds_until_all_is_forgotten() {
         let inodes = Inodes::default();
         assert_eq!(inodes.give_out(NODE), None);
-        assert_eq!(inodes.insert(NODE, true, None), (true, true));
-        assert_eq!(inodes.insert(NODE, false, None), (true, false));
+        assert_eq!(inodes.insert(NODE, decided(true)), (true, true));
+        assert_eq!(inodes.insert(NODE, decided(false)), (true, false));
         assert_eq!(inodes.give_out(NODE), Some(true));
         inodes.forget(NODE, true, 2);
         inodes.forget(NODE, false, 100);
-        assert_eq!((inodes.give_out(NODE), inodes.is_granted(NODE)), (Some(true), true));
+        assert_eq!((inodes.give_out(NODE), inodes.granted(NODE)), (Some(true), Some(Prefault::Never)));
         inodes.forget(NODE, true, u64::MAX);
-        assert_eq!((inodes.give_out(NODE), inodes.is_granted(NODE)), (None, false));
+        assert_eq!((inodes.give_out(NODE), inodes.granted(NODE)), (None, None));
         inodes.forget(NODE, true, 1);
     }
 
     #[test]
     fn an_open_file_does_not_change() {
         let inodes = Inodes::default();
-        inodes.insert(NODE, false, None);
+        inodes.insert(NODE, decided(false));
         inodes.open(NODE, false, 0);
-        assert_eq!(inodes.decide(NODE, true, None), (false, false));
+        assert_eq!(inodes.decide(NODE, decided(true)), (false, false));
         inodes.close(NODE, false);
-        assert_eq!(inodes.decide(NODE, true, None), (true, true));
+        assert_eq!(inodes.decide(NODE, decided(true)), (true, true));
         // What it is given out as now keeps it known when what it was is forgotten.
         assert_eq!(inodes.give_out(NODE), Some(true));
         inodes.forget(NODE, false, 1);
@@ -235,7 +255,7 @@ mod tests {
     fn promises_are_those_of_files_open_as_dax() {
         let inodes = Inodes::default();
         for node in 0..4 {
-            inodes.insert(node, node != 0, None);
+            inodes.insert(node, decided(node != 0));
             inodes.open(node, node != 0, node * CHUNK_SIZE + 1);
         }
         inodes.open(2, true, 100 * CHUNK_SIZE);
@@ -256,10 +276,10 @@ mod tests {
     #[test]
     fn pages_from_before_the_file_was_dax_are_not_trusted() {
         let inodes = Inodes::default();
-        inodes.insert(NODE, false, None);
+        inodes.insert(NODE, decided(false));
         assert!(inodes.open(NODE, false, 0));
         inodes.close(NODE, false);
-        inodes.decide(NODE, true, None);
+        inodes.decide(NODE, decided(true));
         assert!(inodes.open(NODE, true, 0));
         // A client that could not follow: it writes through the window while it has pages too.
         assert!(!inodes.open(NODE, false, 0));
@@ -269,8 +289,8 @@ mod tests {
         inodes.close(NODE, false);
         inodes.close(NODE, false);
         inodes.close(NODE, false);
-        inodes.decide(NODE, true, None);
-        inodes.decide(NODE, false, None);
+        inodes.decide(NODE, decided(true));
+        inodes.decide(NODE, decided(false));
         assert!(!inodes.open(NODE, false, 0));
         assert!(inodes.open(NODE, false, 0));
     }

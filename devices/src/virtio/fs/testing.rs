@@ -26,7 +26,7 @@ pub(super) use self::file_systems::{
 };
 use super::abi::{init, opcode};
 use super::cache::CacheMode;
-use super::policy::Policy;
+use super::policy::{Policy, Prefault};
 use super::window::{CHUNK_SIZE, MIN_WINDOW_SIZE};
 use super::{FileSystemConfig, FileSystemCounters, FileSystemDevice};
 use crate::virtio::device::VirtioDevice;
@@ -80,6 +80,7 @@ impl FakeGuest {
             read_only: false,
             window_size: MIN_WINDOW_SIZE,
             policy: Policy::Always,
+            prefault: Prefault::default(),
             cache: CacheMode::default(),
             request_queues: 1,
             descriptors: 10_000,

@@ -36,7 +36,11 @@ fn print(policy: &Policy, rules: &Rules, mut out: impl Write) -> std::io::Result
         };
         let conditions = rules.conditions(by);
         let conditions = if conditions.is_empty() { "all others" } else { &conditions };
-        writeln!(out, "  {}: {conditions} -> {action}", rules.describe(by))?;
+        write!(out, "  {}: {conditions} -> {action}", rules.describe(by))?;
+        match rules.prefault(by) {
+            Some(prefault) => writeln!(out, ", prefault {prefault}")?,
+            None => writeln!(out)?,
+        }
     }
     if rules.enforced() {
         writeln!(out, "  enforced: clients that mount with dax=always cannot use the files that are denied")?;

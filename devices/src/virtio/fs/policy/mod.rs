@@ -7,6 +7,7 @@ mod cost;
 mod facts;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
+mod prefault;
 mod reason;
 mod rules;
 #[cfg(test)]
@@ -19,6 +20,7 @@ use std::sync::Arc;
 pub use self::cost::{BREAK_EVEN, CHUNK_COST, Cost, MAX_THRASH_LEVEL};
 use self::cost::{FREE_BAND, size_before_shrinking};
 pub use self::facts::{FileFacts, Needs, WindowFacts};
+pub use self::prefault::{Prefault, UnknownPrefault};
 pub use self::reason::{DecidedBy, Decision, Explanation, Fact, Reason};
 pub use self::rules::{Mistake, Problem, RuleFileError, Rules};
 use crate::text::{exact_size, parse_size, unknown};
@@ -133,6 +135,14 @@ impl Policy {
         }
     }
 
+    /// Whether pages of any file could be put in the guest's reach as it maps them; `default` holds where no rule says it.
+    pub fn may_prefault(&self, default: Prefault) -> bool {
+        match self {
+            Policy::Rules(rules) => rules.may_prefault(default),
+            _ => self.may_grant() && default != Prefault::Never,
+        }
+    }
+
     /// A decision of this policy, about the file of these facts, in words.
     pub fn explain<'a>(&'a self, decision: &Decision, facts: &'a FileFacts<'a>) -> Explanation<'a> {
         Explanation { policy: self, decision: *decision, facts }
@@ -140,7 +150,7 @@ impl Policy {
 }
 
 fn decision(by: DecidedBy, (dax, fact, kept): (bool, Fact, bool)) -> Decision {
-    Decision { dax, reason: Reason { by, fact, kept } }
+    Decision { dax, prefault: None, reason: Reason { by, fact, kept } }
 }
 
 /// Whether a file of this mode runs with its owner's or its group's rights, which a write takes away.

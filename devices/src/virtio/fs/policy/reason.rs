@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::cost::{CHUNK_COST, Cost};
-use super::{FileFacts, Policy};
+use super::{FileFacts, Policy, Prefault};
 use crate::text::Bytes;
 
 /// Whether a file is DAX, and why.
@@ -11,6 +11,8 @@ use crate::text::Bytes;
 pub struct Decision {
     /// Whether the guest is to access the file's pages through the window.
     pub dax: bool,
+    /// Which of its pages are put in the guest's reach, if a rule says so; else it is as for the whole share.
+    pub prefault: Option<Prefault>,
     /// What decided it; [`Policy::explain`] puts it in words.
     pub reason: Reason,
 }
@@ -100,7 +102,7 @@ pub struct Explanation<'a> {
 
 impl fmt::Display for Explanation<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Decision { dax, reason } = self.decision;
+        let Decision { dax, reason, .. } = self.decision;
         let mut acting = self.policy;
         if let Policy::Rules(rules) = self.policy {
             acting = rules.action(reason.by);

@@ -18,9 +18,9 @@ use super::Server;
 use super::message::{Request, errno};
 use super::xattr;
 use crate::virtio::device::HostMemory;
-use crate::virtio::fs::inodes::KnownHint;
+use crate::virtio::fs::inodes::{Decided, KnownHint};
 use crate::virtio::fs::per_file_dax::ClientDax;
-use crate::virtio::fs::policy::{Fact, FileFacts, WindowFacts};
+use crate::virtio::fs::policy::{Fact, FileFacts, Prefault, WindowFacts};
 use crate::virtio::fs::window::CHUNK_SIZE;
 
 /// How much older than the moment of reading a file's ctime must be for the hint to be kept with it. The host's file
@@ -57,8 +57,8 @@ impl Server {
         if let Some(dax) = self.dax.inodes.give_out(entry.inode) {
             return dax;
         }
-        let (dax, hint) = self.decide(context, entry.inode, &entry.attr, None, None);
-        let (dax, is_new) = self.dax.inodes.insert(entry.inode, dax, hint);
+        let decided = self.decide(context, entry.inode, &entry.attr, None, None);
+        let (dax, is_new) = self.dax.inodes.insert(entry.inode, decided);
         if is_new {
             self.counts.decided(dax);
         }
@@ -89,16 +89,18 @@ impl Server {
             return Ok(Opening { dax: asked, has_old_pages: !inodes.open(node, asked, 0) });
         }
         let (stat, _) = self.fs.getattr(context, node, None)?;
-        let (dax, hint) = match state.is_open {
-            true => (state.dax, None),
-            false if cannot_retry => (asked, None),
+        let as_it_is = |dax| Decided { dax, ..Decided::default() };
+        let decided = match state.is_open {
+            true => as_it_is(state.dax),
+            false if cannot_retry => as_it_is(asked),
             false => self.decide(context, node, &stat, Some(state.dax), state.hint),
         };
+        let dax = decided.dax;
         let is_refused =
             dax != asked && !cannot_retry && self.dax.refusals.may_refuse(node, thread, Instant::now());
         if !state.is_open {
             // A client that cannot follow opens it as it is, and so it is given out as long as that lasts.
-            self.note_decision(node, if is_refused { dax } else { asked }, hint);
+            self.note_decision(node, Decided { dax: if is_refused { dax } else { asked }, ..decided });
         }
         if is_refused {
             tracing::debug!(node, dax, "a file is DAX no more, or now is: the guest is to look it up again");
@@ -116,8 +118,8 @@ impl Server {
         }
         let inodes = &self.dax.inodes;
         if let Some(state) = inodes.state(entry.inode, false).filter(|state| !state.is_open) {
-            let (dax, hint) = self.decide(context, entry.inode, &entry.attr, Some(state.dax), state.hint);
-            self.note_decision(entry.inode, dax, hint);
+            let decided = self.decide(context, entry.inode, &entry.attr, Some(state.dax), state.hint);
+            self.note_decision(entry.inode, decided);
         }
         let dax = self.give_out(context, entry);
         Opening { dax, has_old_pages: !inodes.open(entry.inode, dax, size(&entry.attr)) }
@@ -130,22 +132,20 @@ impl Server {
         }
     }
 
-    /// Whether the client may map a file: as a per-file client it must have been told that the file is DAX, as another
-    /// the policy must not forbid it.
-    pub(super) fn may_map(&self, request: &Request<'_>, stat: &libc::stat64) -> bool {
+    /// Which pages are put in the client's reach when it maps a file, `None` if it may not: as a per-file client it must
+    /// have been told that the file is DAX, as another the policy must not forbid it. Rules are about files of which the
+    /// client asks what they are, and so a client that does not ask has what holds for the whole share.
+    pub(super) fn may_map(&self, request: &Request<'_>, stat: &libc::stat64) -> Option<Prefault> {
         match self.dax.client() {
-            ClientDax::Off => false,
-            ClientDax::PerFile => {
-                request.dax
-                    && self.dax.is_per_file(stat.st_mode)
-                    && self.dax.inodes.is_granted(request.header.nodeid)
-            }
-            ClientDax::Always => self.allows_mapping(stat),
+            ClientDax::Off => None,
+            ClientDax::PerFile if !request.dax || !self.dax.is_per_file(stat.st_mode) => None,
+            ClientDax::PerFile => self.dax.inodes.granted(request.header.nodeid),
+            ClientDax::Always => self.allows_mapping(stat).then_some(self.prefault),
         }
     }
 
-    fn note_decision(&self, node: u64, dax: bool, hint: Option<KnownHint>) {
-        let (dax, has_changed) = self.dax.inodes.decide(node, dax, hint);
+    fn note_decision(&self, node: u64, decided: Decided) {
+        let (dax, has_changed) = self.dax.inodes.decide(node, decided);
         if has_changed {
             self.counts.decided(dax);
             self.counts.changed();
@@ -153,7 +153,7 @@ impl Server {
     }
 
     /// Asks the policy about a regular file. `current` is the state in which it is given out now, if it is known, and
-    /// `known` its hint when that was read last. Returns what the policy says, and the hint if it can be kept.
+    /// `known` its hint when that was read last.
     fn decide(
         &self,
         context: &Context,
@@ -161,7 +161,7 @@ impl Server {
         stat: &libc::stat64,
         current: Option<bool>,
         known: Option<KnownHint>,
-    ) -> (bool, Option<KnownHint>) {
+    ) -> Decided {
         let needs = self.dax.policy.needs();
         let mut facts = self.cheap_facts(stat);
         let mut kept = None;
@@ -190,7 +190,8 @@ impl Server {
         }
         self.counts.decisions.add(&decision);
         tracing::trace!(node, ?decision, ?facts, "decided");
-        (decision.dax, kept)
+        let prefault = Some(decision.prefault.unwrap_or(self.prefault));
+        Decided { dax: decision.dax, prefault, hint: kept }
     }
 
     fn allows_mapping(&self, stat: &libc::stat64) -> bool {

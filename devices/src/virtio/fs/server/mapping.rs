@@ -17,9 +17,9 @@ use super::decide::CAPABILITIES;
 use super::message::{Reply, Request, errno};
 use crate::text::exact_size;
 use crate::virtio::fs::accounts::Mapped;
-use crate::virtio::fs::policy::{is_set_id, without_set_id};
+use crate::virtio::fs::policy::{Prefault, is_set_id, without_set_id};
 use crate::virtio::fs::thrash::TooSmall;
-use crate::virtio::fs::window::{CHUNK_SHIFT, DaxWindow, KnownFile, WindowError};
+use crate::virtio::fs::window::{CHUNK_SHIFT, DaxWindow, KnownFile, MappedPart, WindowError};
 
 /// Entries of a REMOVEMAPPING that are looked at together; Linux sends no more (FUSE_REMOVEMAPPING_MAX_ENTRY).
 const ENTRIES_AT_ONCE: usize = 256;
@@ -48,11 +48,11 @@ impl Server {
         }
         let (context, node) = (self.context(request), request.header.nodeid);
         let (stat, _) = self.fs.getattr(&context, node, None)?;
-        if !self.may_map(request, &stat) {
+        let Some(prefault) = self.may_map(request, &stat) else {
             self.counts.denied_mapping();
             tracing::debug!(node, mode = stat.st_mode, "the guest maps a file that is not DAX for it");
             return Err(errno(libc::EPERM));
-        }
+        };
         // A client whose tasks touch a chunk at the same time, one to read and one to write, may write through a
         // mapping that it asked for to read (fuse_setup_new_dax_mapping looks again without looking at the mode), and
         // the host can only end the guest then. So what can be written is mapped so at once. Programs are left out,
@@ -64,21 +64,22 @@ impl Server {
             node,
             stat,
             ask,
+            prefault,
             write,
             may_write: write || !self.read_only && !is_program,
         };
         // The window keeps a descriptor of each file that it shows. One that cannot be written to will do until the
         // client asks to write.
-        let writable = match window.known(&part.stat).filter(|known| known.is_writable() || !write) {
+        let placed = match window.known(&part.stat).filter(|known| known.is_writable() || !write) {
             Some(known) => self.map_known(&part, &known),
             None => self.map_anew(&part),
         };
-        let writable = writable.map_err(no_retry)?;
-        self.note_mapped(node, &part.ask, writable, now);
+        let placed = placed.map_err(no_retry)?;
+        self.note_mapped(node, &part.ask, placed, now);
         reply.empty()
     }
 
-    fn note_mapped(&self, nodeid: u64, ask: &SetupmappingIn, writable: bool, now: Instant) {
+    fn note_mapped(&self, nodeid: u64, ask: &SetupmappingIn, placed: Placed, now: Instant) {
         let chunks = chunks(ask.moffset, ask.len);
         let too_small = self
             .counts
@@ -86,7 +87,8 @@ impl Server {
             .as_ref()
             .and_then(|thrash| thrash.mapped(nodeid, ask.foffset, chunks.clone(), now));
         if let Some(accounts) = &self.counts.accounts {
-            accounts.mapped(nodeid, Mapped { chunks, writable }, now, || self.path(nodeid));
+            let Placed { writable, prefaulted } = placed;
+            accounts.mapped(nodeid, Mapped { chunks, writable, prefaulted }, now, || self.path(nodeid));
         }
         if let Some(TooSmall { sufficient, refaults, of }) = too_small {
             let (share, size) = (&*self.tag, exact_size(sufficient));
@@ -98,30 +100,40 @@ impl Server {
         }
     }
 
-    /// Maps a part of a file by the descriptor that the window has; returns whether it is writable. No file is opened and
-    /// nothing is allocated.
-    fn map_known(&self, part: &Part<'_>, known: &KnownFile) -> io::Result<bool> {
+    /// Maps a part of a file by the descriptor that the window has. No file is opened and nothing is allocated.
+    fn map_known(&self, part: &Part<'_>, known: &KnownFile) -> io::Result<Placed> {
         let Part { window, context, node, stat, ask, .. } = part;
         if part.write {
             self.kill_set_id(context, *node, stat)?;
             kill_capabilities(known.fd())?;
         }
         let writable = part.may_write && known.is_writable();
-        window.map_known(ask.moffset, ask.foffset, ask.len, writable, known).map_err(refuse)?;
-        Ok(writable)
+        let shown = window.map_known(ask.moffset, ask.foffset, ask.len, writable, known).map_err(refuse)?;
+        let mapped = MappedPart {
+            fd: known.fd(),
+            foffset: ask.foffset,
+            moffset: ask.moffset,
+            shown,
+            writable,
+            is_own: stat.st_uid == self.uid,
+        };
+        Ok(Placed { writable, prefaulted: window.prefault(mapped, part.prefault) })
     }
 
-    /// Opens a file and maps a part of it; returns whether it is writable.
-    fn map_anew(&self, part: &Part<'_>) -> io::Result<bool> {
-        let Part { window, context, node, stat, ask, .. } = part;
+    /// Opens a file and maps a part of it.
+    fn map_anew(&self, part: &Part<'_>) -> io::Result<Placed> {
+        let Part { window, context, node, stat, ask, prefault, .. } = part;
         if part.write {
             self.kill_privileges(context, *node, stat)?;
         }
         let map = |writable| {
             let flags = if writable { READ | WRITE } else { READ };
-            let mut mapper = Mapper { window: Arc::clone(window), writable };
+            let is_own = stat.st_uid == self.uid;
+            let window = Arc::clone(window);
+            let mut mapper = Mapper { window, writable, is_own, prefault: *prefault, prefaulted: 0 };
             let (from, len, to) = (ask.foffset, ask.len, ask.moffset);
-            self.fs.setupmapping(context, *node, from, len, flags, to, &mut mapper).map(|()| writable)
+            self.fs.setupmapping(context, *node, from, len, flags, to, &mut mapper)?;
+            Ok(Placed { writable, prefaulted: mapper.prefaulted })
         };
         match map(part.may_write) {
             Err(error) if !part.write && denies_writing(&error) => map(false),
@@ -236,10 +248,19 @@ struct Part<'a> {
     node: u64,
     stat: libc::stat64,
     ask: SetupmappingIn,
+    prefault: Prefault,
     /// Whether the client asks to write.
     write: bool,
     /// Whether the mapping is to be writable, if the file can be opened so.
     may_write: bool,
+}
+
+/// How a part was mapped.
+#[derive(Clone, Copy)]
+struct Placed {
+    writable: bool,
+    /// Bytes that were put in the client's reach.
+    prefaulted: u64,
 }
 
 /// Takes the capabilities from a file.
@@ -277,13 +298,22 @@ fn refuse(error: WindowError) -> io::Error {
 struct Mapper {
     window: Arc<DaxWindow>,
     writable: bool,
+    /// Whether the file belongs to the server's user.
+    is_own: bool,
+    prefault: Prefault,
+    /// Bytes that were put in the client's reach.
+    prefaulted: u64,
 }
 
 impl FsCacheReqHandler for Mapper {
     fn map(&mut self, foffset: u64, moffset: u64, len: u64, _flags: u64, fd: RawFd) -> io::Result<()> {
         // SAFETY: the library keeps the descriptor open until this returns.
         let fd = unsafe { BorrowedFd::borrow_raw(fd) };
-        self.window.map(moffset, foffset, len, self.writable, fd).map_err(refuse)
+        let Mapper { writable, is_own, .. } = *self;
+        let shown = self.window.map(moffset, foffset, len, writable, fd).map_err(refuse)?;
+        let part = MappedPart { fd, foffset, moffset, shown, writable, is_own };
+        self.prefaulted = self.window.prefault(part, self.prefault);
+        Ok(())
     }
 
     fn unmap(&mut self, _requests: Vec<RemovemappingOne>) -> io::Result<()> {

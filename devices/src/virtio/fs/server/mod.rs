@@ -46,7 +46,7 @@ use super::counters::Counts;
 use super::hint::HintStore;
 use super::latency::Histogram;
 use super::per_file_dax::{ClientDax, PerFileDax};
-use super::policy::Policy;
+use super::policy::{Policy, Prefault};
 use super::window::DaxWindow;
 use crate::virtio::worker::ChainError;
 
@@ -60,6 +60,8 @@ pub(super) struct ServerConfig {
     pub(super) read_only: bool,
     /// Which files are DAX.
     pub(super) policy: Policy,
+    /// Which pages of DAX files are put in the guest's reach, where no rule says it.
+    pub(super) prefault: Prefault,
     /// What the guest may keep.
     pub(super) cache: CacheMode,
     /// The DAX window, if there is one.
@@ -75,6 +77,7 @@ pub(super) struct Server {
     tag: Arc<str>,
     fs: Files,
     dax: PerFileDax,
+    prefault: Prefault,
     window: Option<Arc<DaxWindow>>,
     directories: Directories,
     hints: HintStore,
@@ -82,8 +85,8 @@ pub(super) struct Server {
     root: File,
     cache: CacheMode,
     read_only: bool,
-    /// Whether files can be created in the name of the guest's users.
-    privileged: bool,
+    /// The user that it acts as.
+    uid: u32,
     /// Whether it was said that nobody uses the window.
     has_warned: AtomicBool,
     counts: Arc<Counts>,
@@ -95,7 +98,8 @@ impl Server {
     /// # Errors
     /// What the host says of the directory or of /proc.
     pub(super) fn new(config: ServerConfig) -> io::Result<Server> {
-        let ServerConfig { tag, root, read_only, policy, cache, window, counts, descriptors } = config;
+        let ServerConfig { tag, root, read_only, policy, prefault, cache, window, counts, descriptors } =
+            config;
         let fs = PassthroughFs::new(Config {
             // The final dot makes it the directory and not the link in /proc, which the library would not follow.
             root_dir: format!("/proc/self/fd/{}/.", root.as_raw_fd()),
@@ -110,8 +114,6 @@ impl Server {
             ..Config::default()
         })?;
         fs.import()?;
-        // SAFETY: geteuid(2) has no preconditions and cannot fail.
-        let privileged = unsafe { libc::geteuid() } == 0;
         if let Some(window) = window.as_ref().filter(|_| read_only) {
             window.set_read_only();
         }
@@ -123,12 +125,13 @@ impl Server {
             directories: Directories::new(Arc::clone(&budget)),
             fs: Files::new(fs, pseudo, budget, cache.timeout()),
             dax,
+            prefault,
             window,
             hints: HintStore::default(),
             root,
             cache,
             read_only,
-            privileged,
+            uid: rustix::process::geteuid().as_raw(),
             has_warned: AtomicBool::new(false),
             counts,
         })
@@ -255,10 +258,15 @@ impl Server {
         self.fs.budget.used()
     }
 
+    /// Whether files can be created in the name of the guest's users.
+    fn is_privileged(&self) -> bool {
+        self.uid == 0
+    }
+
     /// Who asks. A server without privileges does everything in its own name, and so does not try to change it.
     fn context(&self, request: &Request<'_>) -> Context {
         let mut context = Context::from(&request.header);
-        if !self.privileged {
+        if !self.is_privileged() {
             (context.uid, context.gid) = (0, 0);
         }
         context

@@ -75,7 +75,7 @@ impl Server {
         let (context, parent) = (self.context(request), request.header.nodeid);
         let directory = self.open_node(&context, parent, false)?;
         let inherits = self.passes_hint_on(&context, parent);
-        let owner = self.privileged.then_some((context.uid, context.gid));
+        let owner = self.is_privileged().then_some((context.uid, context.gid));
         let (entry, handle) = self.fs.tmpfile(&directory, owner, &ask)?;
         if inherits {
             self.inherit(&context, entry.inode);

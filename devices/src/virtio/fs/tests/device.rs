@@ -15,7 +15,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::virtio::device::{Activation, ActiveQueue, DeviceMemory, VirtioDevice};
 use crate::virtio::fs::abi::{init, opcode};
-use crate::virtio::fs::policy::Policy;
+use crate::virtio::fs::policy::{Policy, Prefault};
 use crate::virtio::fs::testing::FakeGuest;
 use crate::virtio::fs::{FileSystemConfig, FileSystemDevice, MAX_REQUEST_QUEUES};
 use crate::virtio::testing::{Bell, wait_for};
@@ -27,6 +27,7 @@ fn config(path: &Path) -> FileSystemConfig {
         read_only: false,
         window_size: 64 << 20,
         policy: Policy::Always,
+        prefault: Prefault::default(),
         cache: crate::virtio::fs::CacheMode::default(),
         request_queues: 2,
         descriptors: 1_000,

@@ -15,7 +15,7 @@ use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMma
 
 use crate::virtio::device::VirtioDevice;
 use crate::virtio::fs::abi::{ATTR_DAX, init, opcode};
-use crate::virtio::fs::policy::Policy;
+use crate::virtio::fs::policy::{Policy, Prefault};
 use crate::virtio::fs::testing::{FakeGuest, PER_FILE, READ, ROOT, WRITE, descriptors_into};
 use crate::virtio::fs::window::{CHUNK_SIZE, MIN_WINDOW_SIZE};
 
@@ -494,4 +494,55 @@ fn mappings_that_the_policy_forbids_are_counted() {
     let counters = guest.counters();
     assert_eq!((counters.denied_mappings, counters.setup_latency.count), (1, 1));
     assert_eq!(counters.files.unwrap().files, []);
+}
+
+/// A file of a chunk that is in the page cache.
+fn warm_file(guest: &FakeGuest, name: &str) {
+    std::fs::write(guest.path(name), vec![1; CHUNK_SIZE as usize]).unwrap();
+}
+
+/// Bytes that were prefaulted, of each file in the order of its name.
+fn prefault_bytes(guest: &FakeGuest) -> Vec<u64> {
+    let mut files = guest.counters().files.unwrap().files;
+    files.sort_by_key(|file| file.path.clone());
+    files.iter().map(|file| file.prefault_bytes).collect()
+}
+
+#[test]
+fn warm_pages_are_prefaulted_as_the_share_says() {
+    for (prefault, expected) in
+        [(Prefault::Never, 0), (Prefault::Cached, CHUNK_SIZE), (Prefault::All, CHUNK_SIZE)]
+    {
+        // With a client that asks what is DAX, and one that does not.
+        for flags in [PER_FILE, PER_FILE & !init::HAS_INODE_DAX] {
+            let mut guest = FakeGuest::with(|config| config.prefault = prefault);
+            warm_file(&guest, "f");
+            guest.init(flags).unwrap();
+            let file = guest.lookup(ROOT, "f").unwrap().nodeid;
+            guest.setupmapping(file, 0, 0, READ).unwrap();
+            let window = guest.counters().window.unwrap();
+            let times = u64::from(expected > 0);
+            assert_eq!((window.prefaults, window.prefault_bytes), (times, expected), "{prefault}");
+            assert_eq!(prefault_bytes(&guest), [expected], "{prefault}");
+        }
+    }
+}
+
+#[test]
+fn warm_pages_are_prefaulted_as_a_rule_says() {
+    let rules = "version = 1\ndefault = \"auto\"\n[[rule]]\npath = \"*.cold\"\ndax = \"allow\"\nprefault = \"never\"\n";
+    let mut guest = FakeGuest::mounted(Policy::from_rules("r.toml", rules).unwrap());
+    for (chunk, name) in ["a.warm", "b.cold"].into_iter().enumerate() {
+        warm_file(&guest, name);
+        let file = guest.lookup(ROOT, name).unwrap().nodeid;
+        guest.setupmapping(file, 0, chunk as u64 * CHUNK_SIZE, READ).unwrap();
+    }
+    assert_eq!(prefault_bytes(&guest), [CHUNK_SIZE, 0]);
+    // The file is another one for the rules when it is opened the next time.
+    guest.rename(ROOT, "b.cold", "b.warm", 0).unwrap();
+    let file = guest.lookup(ROOT, "b.warm").unwrap().nodeid;
+    let handle = guest.open(file, libc::O_RDONLY).unwrap().fh;
+    guest.setupmapping(file, 0, 2 * CHUNK_SIZE, READ).unwrap();
+    guest.release(file, handle).unwrap();
+    assert_eq!(prefault_bytes(&guest), [CHUNK_SIZE, CHUNK_SIZE]);
 }

@@ -36,6 +36,7 @@ fn device(share: &TempDir) -> FileSystemDevice {
         read_only: false,
         window_size: 32 << 20,
         policy: Policy::Always,
+        prefault: Default::default(),
         cache: Default::default(),
         request_queues: 1,
         descriptors: 100,

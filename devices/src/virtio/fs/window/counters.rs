@@ -31,6 +31,10 @@ pub struct WindowCounters {
     pub remove_mappings: u64,
     /// Chunks that were unmapped because a session ended (DESTROY, reset, a new INIT) and not on request.
     pub cleared_chunks: u64,
+    /// Times that pages were put in the guest's reach as they were mapped.
+    pub prefaults: u64,
+    /// Bytes of these pages.
+    pub prefault_bytes: u64,
     /// Bytes that the guest touched where nothing was mapped, since the window was cleared last. A driver that works as it
     /// should never does that.
     pub stray_bytes: u64,
@@ -65,6 +69,8 @@ pub(super) struct Counts {
     overlaid: AtomicU64,
     removes: AtomicU64,
     cleared: AtomicU64,
+    prefaults: AtomicU64,
+    prefault_bytes: AtomicU64,
     lost_pages: AtomicU64,
     restored_pages: AtomicU64,
     failed_pages: AtomicU64,
@@ -91,6 +97,13 @@ impl Counts {
     pub(super) fn cleared(&self, chunks: u64) {
         self.gone(chunks);
         self.cleared.fetch_add(chunks, Relaxed);
+    }
+
+    pub(super) fn prefaulted(&self, bytes: u64) {
+        if bytes > 0 {
+            self.prefaults.fetch_add(1, Relaxed);
+            self.prefault_bytes.fetch_add(bytes, Relaxed);
+        }
     }
 
     pub(super) fn gone(&self, chunks: u64) {
@@ -134,6 +147,8 @@ impl Counts {
             overlaid_chunks: self.overlaid.load(Relaxed),
             remove_mappings: self.removes.load(Relaxed),
             cleared_chunks: self.cleared.load(Relaxed),
+            prefaults: self.prefaults.load(Relaxed),
+            prefault_bytes: self.prefault_bytes.load(Relaxed),
             lost_pages: self.lost_pages.load(Relaxed),
             restored_pages: self.restored_pages.load(Relaxed),
             failed_pages: self.failed_pages.load(Relaxed),

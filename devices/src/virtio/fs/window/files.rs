@@ -60,6 +60,29 @@ pub(super) struct MappedFile {
     pub(super) has_failed: bool,
     /// Changes of its size under way that the guest itself has asked for.
     pub(super) resizing: u32,
+    /// Where those who go through the file from chunk to chunk will go on.
+    pub(super) streams: Streams,
+}
+
+/// The ends of the parts of a file that were mapped last, the latest first.
+pub(super) struct Streams([u64; 8]);
+
+impl Default for Streams {
+    fn default() -> Streams {
+        Streams([u64::MAX; 8])
+    }
+}
+
+impl Streams {
+    /// Notes that `len` bytes at `offset` are mapped; returns whether the file begins there, or a part ends that was mapped
+    /// not long before.
+    pub(super) fn goes_on(&mut self, offset: u64, len: u64) -> bool {
+        let ends = &mut self.0;
+        let known = ends.iter().position(|end| *end == offset);
+        ends[..=known.unwrap_or(7)].rotate_right(1);
+        ends[0] = offset + len;
+        known.is_some() || offset == 0
+    }
 }
 
 impl MappedFile {
@@ -147,6 +170,7 @@ impl MappedFile {
             is_damaged: false,
             has_failed: false,
             resizing: 0,
+            streams: Streams::default(),
         })
     }
 
@@ -219,6 +243,23 @@ mod tests {
         assert_eq!(file.resized(0), Some(0));
         assert_eq!(file.resized(1), Some(PAGE));
         assert_eq!(file.resized(20_000), None);
+    }
+
+    #[test]
+    fn streams_are_told_from_jumps() {
+        let mut streams = Streams::default();
+        let mut goes_on = |chunk: u64| streams.goes_on(chunk * CHUNK_SIZE, CHUNK_SIZE);
+        // Eight at once, from different places.
+        for chunk in 0..10 {
+            for start in [0, 100, 200, 300, 400, 500, 600, 700] {
+                assert_eq!(goes_on(start + chunk), start == 0 || chunk > 0, "{start} + {chunk}");
+            }
+        }
+        for jump in [805, 17, 901, 33, 950, 52, 61, 70] {
+            assert!(!goes_on(jump), "{jump}");
+        }
+        assert!(!goes_on(110), "it was too long ago");
+        assert!(goes_on(71) && goes_on(0));
     }
 
     #[test]

@@ -51,6 +51,20 @@ pub(super) fn give_back(address: *mut u8, len: usize) {
     }
 }
 
+/// Notes in `pages` which pages from `address` on are in the page cache, one byte a page, as mincore(2) does. It says so of
+/// what is mapped now, whatever that is.
+///
+/// # Errors
+/// EAGAIN where the host is short of memory.
+pub(super) fn resident(address: *mut u8, pages: &mut [u8]) -> io::Result<()> {
+    const PAGE: usize = super::files::PAGE as usize;
+    // SAFETY: the range lies in a window; the call writes one byte for each of its pages, and as many are there.
+    match unsafe { libc::mincore(address.cast(), pages.len() * PAGE, pages.as_mut_ptr()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Whether the host can make the page at `address` present, as an access to it would have it do. `None` where the host
 /// cannot be asked (before Linux 5.14).
 ///

@@ -3,11 +3,13 @@
 //! Everything that changes what the guest sees in the window goes through [`DaxWindow::map`] and [`DaxWindow::unmap`].
 //! The window knows chunks and descriptors; which file a guest may map is decided elsewhere.
 
+mod cached;
 mod counters;
 mod files;
 mod guard;
 mod lost;
 mod mmap;
+mod prefault;
 mod repair;
 mod scratch;
 mod size;
@@ -24,7 +26,7 @@ use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
 use self::counters::Counts;
 pub use self::counters::WindowCounters;
@@ -32,6 +34,7 @@ use self::files::{FileKey, Files};
 use self::guard::Guard;
 use self::lost::LostFiles;
 use self::mmap::{Backing, give_back, replace};
+pub use self::prefault::{MappedPart, Shown};
 use self::scratch::Scratch;
 pub use self::size::{
     MAX_WINDOW_SIZE, MIN_WINDOW_SIZE, WindowSizeError, check_window_size, default_window_size,
@@ -39,7 +42,7 @@ pub use self::size::{
 use self::state::{Shared, State};
 use self::table::ChunkTable;
 use self::watch::Watcher;
-use crate::virtio::device::{HostMemory, Repair};
+use crate::virtio::device::{HostMemory, NestedPaging, Repair};
 
 /// log2 of [`CHUNK_SIZE`], which is what the device tells the guest in `map_alignment`.
 pub const CHUNK_SHIFT: u32 = 21;
@@ -183,6 +186,7 @@ impl DaxWindow {
             guard,
             scratch,
             state: Mutex::new(state),
+            nested_paging: RwLock::new(None),
             counts: Counts::default(),
             lost: LostFiles::default(),
             short_files: AtomicU64::new(0),
@@ -220,7 +224,7 @@ impl DaxWindow {
         len: u64,
         writable: bool,
         fd: BorrowedFd<'_>,
-    ) -> Result<(), WindowError> {
+    ) -> Result<Shown, WindowError> {
         self.map_as(moffset, foffset, len, writable, fd, None)
     }
 
@@ -235,7 +239,7 @@ impl DaxWindow {
         len: u64,
         writable: bool,
         file: &KnownFile,
-    ) -> Result<(), WindowError> {
+    ) -> Result<Shown, WindowError> {
         self.map_as(moffset, foffset, len, writable, file.fd(), Some(file))
     }
 
@@ -247,7 +251,7 @@ impl DaxWindow {
         writable: bool,
         fd: BorrowedFd<'_>,
         known: Option<&KnownFile>,
-    ) -> Result<(), WindowError> {
+    ) -> Result<Shown, WindowError> {
         let result = self.check(moffset, foffset, len);
         let result = result.and_then(|chunks| self.0.map(chunks, foffset, writable, fd, known));
         if result.is_err() {
@@ -395,6 +399,10 @@ impl HostMemory for DaxWindow {
 
     fn is_used(&self) -> bool {
         self.mapped_chunks() > 0
+    }
+
+    fn set_nested_paging(&self, nested: Option<Arc<dyn NestedPaging>>) {
+        *self.0.nested_paging.write().unwrap_or_else(PoisonError::into_inner) = nested;
     }
 
     fn repair(&self, offset: u64, write: bool) -> Repair {

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 
 use super::counters::Counts;
 use super::files::{FileKey, Files, MappedFile, end_of, look, shown};
@@ -14,7 +14,8 @@ use super::mmap::{Backing, give_back, replace};
 use super::scratch::{Piece, Scratch};
 use super::table::{ChunkTable, Mapped};
 use super::watch::Watcher;
-use super::{CHUNK_SHIFT, CHUNK_SIZE, Chunks, KnownFile, WindowError};
+use super::{CHUNK_SHIFT, CHUNK_SIZE, Chunks, KnownFile, Shown, WindowError};
+use crate::virtio::device::NestedPaging;
 
 /// What the window and the watcher share. The table, the files and the address space agree whenever the lock is free.
 pub(super) struct Shared {
@@ -25,6 +26,8 @@ pub(super) struct Shared {
     pub(super) guard: Guard,
     pub(super) scratch: Scratch,
     pub(super) state: Mutex<State>,
+    /// While the guest sees the window, if its hypervisor can put pages in its reach.
+    pub(super) nested_paging: RwLock<Option<Arc<dyn NestedPaging>>>,
     pub(super) counts: Counts,
     pub(super) lost: LostFiles,
     /// Files that are shorter than the guest may believe, and threads that are about to find out whether one is.
@@ -70,7 +73,7 @@ impl Shared {
         writable: bool,
         fd: BorrowedFd<'_>,
         known: Option<&KnownFile>,
-    ) -> Result<(), WindowError> {
+    ) -> Result<Shown, WindowError> {
         let len = chunks.bytes();
         {
             let mut state = self.lock();
@@ -103,7 +106,7 @@ impl Shared {
         chunks: Chunks,
         what: Mapped,
         fd: BorrowedFd<'_>,
-    ) -> Result<(), WindowError> {
+    ) -> Result<Shown, WindowError> {
         let (Mapped { file: number, offset, writable }, len) = (what, chunks.bytes());
         let part = state.files.get(number).map_or(len, |file| file.shown(offset, len));
         if part > 0 {
@@ -128,10 +131,14 @@ impl Shared {
         }
         state.forget_copies(chunks.start(), len);
         self.note_mapped(state, chunks, what, fd);
+        let mut shown = Shown { bytes: 0, is_stream: false, file_size: 0 };
         if let Some(file) = state.files.get(number) {
             file.is_damaged |= !is_whole;
+            shown.bytes = part.min(end_of(file.believed).saturating_sub(offset));
+            shown.is_stream = file.streams.goes_on(offset, len);
+            shown.file_size = file.believed;
         }
-        Ok(())
+        Ok(shown)
     }
 
     /// The number of a file, which is watched from now on, and its size in bytes.

@@ -1,6 +1,7 @@
 //! The window against a model, with real files seen through its pointer.
 
 mod host_changes;
+mod prefault;
 
 use std::fs::File;
 use std::io::Read;

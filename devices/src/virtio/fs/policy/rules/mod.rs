@@ -16,7 +16,7 @@ use std::path::Path;
 use self::conditions::{Conditions, Probe};
 pub use self::error::{Mistake, Problem, RuleFileError};
 use self::index::PathIndex;
-use super::{DecidedBy, Decision, FileFacts, Needs, Policy, decision};
+use super::{DecidedBy, Decision, FileFacts, Needs, Policy, Prefault, decision};
 
 /// The rules of a rule file, ready to decide.
 #[derive(Debug)]
@@ -38,6 +38,8 @@ struct Outcome {
     name: Option<String>,
     line: usize,
     action: Policy,
+    /// What it says about the pages of the files that it allows.
+    prefault: Option<Prefault>,
     /// The globs as they are written.
     paths: Vec<String>,
     /// The rule speaks of set-id files, so what it allows it allows them too.
@@ -126,6 +128,11 @@ impl Rules {
         actions.any(Policy::may_grant)
     }
 
+    pub(super) fn may_prefault(&self, default: Prefault) -> bool {
+        self.deciders()
+            .any(|by| self.action(by).may_grant() && self.prefault(by).unwrap_or(default) != Prefault::Never)
+    }
+
     /// All that can decide: the rules in order, and the default.
     pub fn deciders(&self) -> impl Iterator<Item = DecidedBy> {
         (0..self.outcomes.len()).map(|number| DecidedBy::Rule(number as u32)).chain([DecidedBy::Default])
@@ -135,6 +142,12 @@ impl Rules {
     /// [`Policy::Never`].
     pub fn action(&self, by: DecidedBy) -> &Policy {
         self.outcome(by).map_or(&self.default, |outcome| &outcome.action)
+    }
+
+    /// Which pages of the files that a rule makes DAX are put in the guest's reach; `None` where it is as for the whole
+    /// share.
+    pub fn prefault(&self, by: DecidedBy) -> Option<Prefault> {
+        self.outcome(by).and_then(|outcome| outcome.prefault)
     }
 
     fn outcome(&self, by: DecidedBy) -> Option<&Outcome> {
@@ -208,6 +221,7 @@ impl Rules {
     fn carry_out(&self, rule: Option<u32>, facts: &FileFacts<'_>, current: Option<bool>) -> Decision {
         let by = rule.map_or(DecidedBy::Default, DecidedBy::Rule);
         let trusted = self.outcome(by).is_some_and(|outcome| outcome.trusts_set_id);
-        decision(by, self.action(by).judge(facts, current, trusted))
+        let decided = decision(by, self.action(by).judge(facts, current, trusted));
+        Decision { prefault: self.prefault(by), ..decided }
     }
 }

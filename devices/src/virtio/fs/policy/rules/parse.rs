@@ -6,7 +6,7 @@ use std::ops::Range;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use super::super::{Needs, Policy};
+use super::super::{Needs, Policy, Prefault, UnknownPrefault};
 use super::conditions::{Choice, Conditions, Flags, Interval, Sets};
 use super::paths::Glob;
 use super::{Mistake, Outcome, Problem};
@@ -32,9 +32,10 @@ pub(super) struct ParsedRule {
 type Value<'a> = Spanned<DeValue<'a>>;
 
 const TOP_KEYS: [&str; 4] = ["version", "default", "enforce", "rule"];
-const RULE_KEYS: [&str; 14] = [
+const RULE_KEYS: [&str; 15] = [
     "name",
     "dax",
+    "prefault",
     "path",
     "size",
     "age",
@@ -155,12 +156,13 @@ impl Parser<'_> {
                 None
             }
         };
+        let prefault = table.get("prefault").and_then(|value| self.prefault(value, action.as_ref()));
         let paths = table.get("path").map_or(Vec::new(), |value| self.globs(value));
         let conditions = self.conditions(table);
         let line = Mistake::in_span(self.text, span.clone(), Problem::Version).line;
         let trusts_set_id = conditions.flags.mask & conditions.flags.value & Flags::SET_ID != 0;
         let texts = paths.iter().map(|glob| glob.text().to_owned()).collect();
-        let outcome = Outcome { name, line, action: action?, paths: texts, trusts_set_id };
+        let outcome = Outcome { name, line, action: action?, prefault, paths: texts, trusts_set_id };
         Some(ParsedRule { offset: span.start, outcome, conditions, paths })
     }
 
@@ -220,6 +222,19 @@ impl Parser<'_> {
             },
         }
         None
+    }
+
+    /// `never`, `cached` or `all`, for a rule that can make files DAX.
+    fn prefault(&mut self, value: &Value<'_>, action: Option<&Policy>) -> Option<Prefault> {
+        const KEY: &str = "prefault";
+        let Some(name) = value.get_ref().as_str() else {
+            self.wrong_type(value, KEY, "one of never, cached, all");
+            return None;
+        };
+        if action == Some(&Policy::Never) {
+            self.wrong(value, KEY, "the rule denies DAX, so that no page is mapped: leave it out".into());
+        }
+        name.parse().map_err(|error: UnknownPrefault| self.wrong(value, KEY, error.to_string())).ok()
     }
 
     fn boolean(&mut self, key: &str, table: &DeTable<'_>) -> Option<bool> {

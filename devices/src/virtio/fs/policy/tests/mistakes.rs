@@ -47,6 +47,11 @@ fn keys_and_values() {
             "path = 1",
             "f:4:8: `path` takes a glob such as \"*.so\" or \"lib/**\", or a list of such, not integer",
         ),
+        ("prefault = true", "f:4:12: `prefault` takes one of never, cached, all, not boolean"),
+        (
+            "prefault = 'cached'",
+            "f:4:12: `prefault`: the rule denies DAX, so that no page is mapped: leave it out",
+        ),
         ("xattr = true", "f:4:9: `xattr` takes a table, such as { \"user.class\" = \"hot\" }, not boolean"),
         ("xattr = {}", "f:4:9: `xattr`: name at least one attribute"),
         (
@@ -64,6 +69,14 @@ fn keys_and_values() {
             expected
         );
     }
+}
+
+#[test]
+fn a_wrong_way_to_prefault_is_told_the_right_one() {
+    assert_eq!(
+        mistakes("version = 1\ndefault = 'auto'\n[[rule]]\ndax = 'allow'\nprefault = 'cache'\n"),
+        "f:5:12: `prefault`: unknown way to prefault `cache`; did you mean `cached`?"
+    );
 }
 
 #[test]

@@ -319,7 +319,7 @@ fn the_policies_that_come_with_daxvm_do_what_they_say() {
             Some("privileged by capabilities"),
         ),
         ("appliance.toml", FileFacts { xattrs: &hot, ..sized(1) }, true, Some("marked hot")),
-        ("appliance.toml", of("var/x.db", 4 << 20), true, Some("databases and models")),
+        ("appliance.toml", of("var/x.db", 4 << 20), true, Some("databases")),
         ("appliance.toml", of("media/film", 4 << 20), false, Some("media")),
         ("appliance.toml", FileFacts { window: full, ..of("x", 4 << 20) }, false, Some("pressure")),
         ("appliance.toml", of("x", 4 << 20), true, Some("at rest")),
@@ -331,4 +331,45 @@ fn the_policies_that_come_with_daxvm_do_what_they_say() {
         assert_eq!((decision.dax, rules.rule_name(decision.reason.by)), (dax, rule), "{name} {facts:?}");
     }
     assert!(!load("appliance.toml").allows_mapping(&of("media/film", 1)));
+}
+
+#[test]
+fn a_rule_says_which_pages_are_prefaulted_and_others_leave_it_to_the_share() {
+    let policy = rules(
+        "default = \"auto\"
+        [[rule]]
+        path = \"*.db\"
+        dax = \"allow\"
+        prefault = \"all\"
+        [[rule]]
+        path = \"*.idx\"
+        dax = \"size:1M\"
+        prefault = \"never\"
+        [[rule]]
+        path = \"*.log\"
+        dax = \"deny\"",
+    );
+    for (path, prefault) in
+        [("a.db", Some(Prefault::All)), ("a.idx", Some(Prefault::Never)), ("a.log", None), ("a.txt", None)]
+    {
+        let decision = policy.decide(&FileFacts { path: path.as_bytes(), ..file() }, None);
+        assert_eq!(decision.prefault, prefault, "{path}");
+    }
+    assert_eq!(Policy::Always.decide(&file(), None).prefault, None);
+}
+
+#[test]
+fn whether_anything_may_be_prefaulted_is_known_beforehand() {
+    let allowing =
+        |prefault: &str| rules(&format!("default = \"deny\"\n[[rule]]\ndax = \"allow\"\n{prefault}"));
+    for (policy, by_default, never_by_default) in [
+        (Policy::Always, true, false),
+        (Policy::Never, false, false),
+        (allowing(""), true, false),
+        (allowing("prefault = \"never\""), false, false),
+        (allowing("prefault = \"all\""), true, true),
+    ] {
+        assert_eq!(policy.may_prefault(Prefault::Cached), by_default, "{policy:?}");
+        assert_eq!(policy.may_prefault(Prefault::Never), never_by_default, "{policy:?}");
+    }
 }

@@ -224,6 +224,7 @@ fn supplementary_groups_give_nothing() {
             read_only: false,
             window_size: 0,
             policy: Policy::Never,
+            prefault: Default::default(),
             cache: Default::default(),
             request_queues: 1,
             descriptors: 100,
