@@ -159,6 +159,18 @@ impl FakeDriver {
         head
     }
 
+    /// Where a queue's descriptor table is.
+    #[cfg(test)]
+    pub fn table(&self, queue: usize) -> u64 {
+        self.rings[queue].base
+    }
+
+    /// Where its available ring is.
+    #[cfg(test)]
+    pub fn available_ring(&self, queue: usize) -> u64 {
+        self.rings[queue].avail()
+    }
+
     /// Rings for what was made available.
     pub fn ring(&self, queue: usize) {
         self.rings[queue].doorbell.write(1).unwrap();

@@ -20,10 +20,6 @@ const NEXT: u16 = VRING_DESC_F_NEXT as u16;
 const WRITE: u16 = VRING_DESC_F_WRITE as u16;
 const INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
 
-/// Where the fake driver has the descriptor table, the available ring and the used ring of the first request queue, whose
-/// size is 1024.
-const TABLE: u64 = 0x8000;
-const AVAIL: u64 = TABLE + 16 * 1024;
 /// A table of indirect descriptors, a request, and where its reply goes.
 const INDIRECT_TABLE: u64 = BUFFERS + 0x1_0000;
 const REQUEST: u64 = BUFFERS;
@@ -66,10 +62,10 @@ fn outcome(
 ) -> Result<u32, &'static str> {
     let mut driver = FakeDriver::new(device, 0);
     driver.write(REQUEST, &init_request());
-    put(&driver, TABLE, chain);
+    put(&driver, driver.table(1), chain);
     put(&driver, INDIRECT_TABLE, indirect);
-    driver.write(AVAIL + 4, &[0, 0]);
-    driver.write(AVAIL + 2, &[1, 0]);
+    driver.write(driver.available_ring(1) + 4, &[0, 0]);
+    driver.write(driver.available_ring(1) + 2, &[1, 0]);
     driver.ring(1);
     let mut used = None;
     wait_for("the queue", || {
@@ -157,7 +153,7 @@ fn an_available_index_beyond_the_ring_ends_the_queue() {
     let mut device = device(&share);
     for index in [1025u16, 0x8000, u16::MAX] {
         let driver = FakeDriver::new(&mut device, 0);
-        driver.write(AVAIL + 2, &index.to_le_bytes());
+        driver.write(driver.available_ring(1) + 2, &index.to_le_bytes());
         driver.ring(1);
         wait_for("the call for a reset", || driver.resets() == 1);
         device.reset();
@@ -165,8 +161,8 @@ fn an_available_index_beyond_the_ring_ends_the_queue() {
     }
     // A head that is no descriptor of the table.
     let driver = FakeDriver::new(&mut device, 0);
-    driver.write(AVAIL + 4, &5000u16.to_le_bytes());
-    driver.write(AVAIL + 2, &[1, 0]);
+    driver.write(driver.available_ring(1) + 4, &5000u16.to_le_bytes());
+    driver.write(driver.available_ring(1) + 2, &[1, 0]);
     driver.ring(1);
     wait_for("the call for a reset", || driver.resets() == 1);
     device.reset();
