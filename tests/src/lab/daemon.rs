@@ -51,9 +51,10 @@ pub fn run(paths: &Paths, mode: Mode) -> Result<(), LabError> {
 
     let daemon = Arc::new(Daemon { host, mode, free: Mutex::new(machine.ports), returned: Condvar::new() });
     let (stop, stopped) = std::sync::mpsc::channel();
+    let to_clients = daemon.clone();
     std::thread::spawn(move || {
         for client in listener.incoming().flatten() {
-            let (daemon, stop) = (daemon.clone(), stop.clone());
+            let (daemon, stop) = (to_clients.clone(), stop.clone());
             std::thread::spawn(move || {
                 // An error is the end of this client only; it has seen it too.
                 if let Err(error) = daemon.serve(client, &stop) {
@@ -70,6 +71,9 @@ pub fn run(paths: &Paths, mode: Mode) -> Result<(), LabError> {
             // The client sees the end of the connection when nothing is left.
             drop::<UnixStream>(client);
             return Ok(());
+        }
+        if mode == Mode::Qemu {
+            daemon.poke();
         }
         if let Some(status) = guard.ended() {
             eprintln!("lab: the host ended by itself: {status}");
@@ -151,6 +155,15 @@ impl Daemon {
                 result
             }
             _ => Err(io::ErrorKind::InvalidData.into()),
+        }
+    }
+
+    /// Interrupts an emulated host. Its CPU was seen to sleep for minutes though tasks could run, until a device woke it.
+    fn poke(&self) {
+        let free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(port) = free.last() {
+            // To an agent that has no job this means nothing. One that is gone is noticed by who wants it.
+            let _ = Frame::new(Kind::Kill, []).write(port);
         }
     }
 
