@@ -25,8 +25,9 @@ pub fn kernel(data: &[u8]) {
     file.write_all(image).unwrap();
     let initramfs = &image[image.len() - image.len().min(usize::from(head[1]) << 4)..];
     let command_line = "x".repeat(usize::from(head[2]) << 4);
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
     let what = Boot {
-        kernel: Path::new(&format!("/proc/self/fd/{}", file.as_raw_fd())),
+        kernel: Path::new(&path),
         initramfs: (head[3] % 2 == 1).then_some(Initramfs::Bytes(initramfs)),
         command_line: &command_line,
         ram,
