@@ -1,9 +1,12 @@
 //! How the fuzz targets (fuzz/) are run without a fuzzer: with the kept inputs, and with random ones.
 
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 /// Calls `run` with every input that is kept for `target` (fuzz/corpus), and `count` times with a random one: half of them
 /// kept ones that were changed a little, if there are any. The same each time.
+///
+/// With the variable FUZZ_SECONDS it goes on for so long, and prints how far it came.
 ///
 /// # Panics
 /// What `run` panics with, after the input was printed; if the kept inputs cannot be read.
@@ -16,8 +19,9 @@ pub fn exercise(target: &str, count: u32, run: fn(&[u8])) {
     kept.sort();
     let kept: Vec<_> = kept.into_iter().map(|path| std::fs::read(path).unwrap()).collect();
     kept.iter().for_each(|input| run_loudly(target, input, run));
-    let mut random = Random(0x5eed);
-    for round in 0..count {
+    let seconds = std::env::var("FUZZ_SECONDS").map_or(0, |seconds| seconds.parse().unwrap());
+    let (start, mut random, mut round) = (Instant::now(), Random(0x5eed), 0);
+    while round < count || start.elapsed() < Duration::from_secs(seconds) {
         let input = match round % 2 {
             1 if !kept.is_empty() => {
                 let input = random.below(kept.len());
@@ -26,6 +30,10 @@ pub fn exercise(target: &str, count: u32, run: fn(&[u8])) {
             _ => random.input(),
         };
         run_loudly(target, &input, run);
+        round += 1;
+    }
+    if seconds > 0 {
+        println!("{target}: {} kept inputs and {round} random ones in {:?}", kept.len(), start.elapsed());
     }
 }
 
@@ -95,8 +103,8 @@ mod tests {
             COUNT.fetch_add(1, Ordering::Relaxed);
             LONG.fetch_add(u32::from(data.len() > 500), Ordering::Relaxed);
         });
-        assert_eq!(COUNT.load(Ordering::Relaxed), 100);
-        assert!((20..80).contains(&LONG.load(Ordering::Relaxed)));
+        assert!(COUNT.load(Ordering::Relaxed) >= 100);
+        assert!((20..).contains(&LONG.load(Ordering::Relaxed)));
         let mut random = Random(1);
         assert!((0..50).any(|_| random.change(b"input").len() != 5));
         assert!((0..50).all(|_| random.change(b"").len() < 9));

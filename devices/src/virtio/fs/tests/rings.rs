@@ -132,7 +132,9 @@ fn chains_that_break_the_rules_end_their_queue_or_come_back() {
         ("a reply of 4 GiB", [(REQUEST, 56, NEXT, 1), (REPLY, u32::MAX, WRITE, 0)]),
         ("a request of 4 GiB", [(REQUEST, u32::MAX, NEXT, 1), (REPLY, 80, WRITE, 0)]),
     ] {
-        assert_eq!(outcome(&mut device, &chain, &[]), Err("reset"), "{what}");
+        // virtio-queue ends a chain where it becomes longer than 4 GiB; then there is no room for a reply.
+        let outcome = outcome(&mut device, &chain, &[]);
+        assert!(matches!(outcome, Err("reset") | Ok(0)), "{what}: {outcome:?}");
         is_alive(&mut device);
     }
     for (what, chain) in [
