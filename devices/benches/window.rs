@@ -9,11 +9,11 @@ mod fuse_client;
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use criterion::{Criterion, SamplingMode, criterion_group, criterion_main};
 use devices::virtio::fs::window::{CHUNK_SIZE, DaxWindow};
-use fuse_client::{Access, Client, IN_FLIGHT, MOST_ENTRIES};
+use fuse_client::{Access, Client, Cost, IN_FLIGHT, MOST_ENTRIES, cost};
 
 /// Windows, in chunks: the smallest one, 2 GiB, and the largest one.
 const WINDOWS: [u64; 3] = [16, 1024, 131_072];
@@ -22,26 +22,29 @@ const WINDOWS: [u64; 3] = [16, 1024, 131_072];
 /// suffice, wherever they are.
 const MOST_CHUNKS: u64 = 4096;
 
-/// Nanoseconds for each operation, by the name of the measurement, all samples.
-static RESULTS: Mutex<BTreeMap<String, Vec<f64>>> = Mutex::new(BTreeMap::new());
+/// Nanoseconds for each operation and of CPU time for it, by the name of the measurement, all samples.
+static RESULTS: Mutex<BTreeMap<String, [Vec<f64>; 2]>> = Mutex::new(BTreeMap::new());
 
 /// Measures an operation. `work` does it as often as it likes at once, up to the number that it is given; it returns how
 /// often, and how long that took.
-fn measure(c: &mut Criterion, name: &str, mut work: impl FnMut(u64) -> (u64, Duration)) {
+fn measure(c: &mut Criterion, name: &str, mut work: impl FnMut(u64) -> (u64, Cost)) {
     let mut group = c.benchmark_group("window");
     group.sampling_mode(SamplingMode::Flat).sample_size(20);
     group.warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_millis(1500));
     group.bench_function(name, |b| {
         b.iter_custom(|count| {
-            let (mut done, mut time) = (0, Duration::ZERO);
+            let (mut done, mut total) = (0, Cost::default());
             while done < count {
-                let (some, took) = work(count - done);
-                (done, time) = (done + some, time + took);
+                let (some, cost) = work(count - done);
+                (done, total) = (done + some, total + cost);
             }
             let mut results = RESULTS.lock().unwrap_or_else(PoisonError::into_inner);
-            results.entry(name.to_owned()).or_default().push(time.as_nanos() as f64 / done as f64);
+            let samples = results.entry(name.to_owned()).or_default();
+            for (samples, time) in samples.iter_mut().zip([total.time, total.cpu]) {
+                samples.push(time.as_nanos() as f64 / done as f64);
+            }
             // More may have been done than was asked for, where it is done in batches.
-            time.mul_f64(count as f64 / done as f64)
+            total.time.mul_f64(count as f64 / done as f64)
         });
     });
     group.finish();
@@ -78,7 +81,7 @@ fn requests(c: &mut Criterion, chunks: u64, queues: usize) {
         }
         let time = client.serve();
         client.check(0);
-        if is_setup == is_timed_setup { time } else { Duration::ZERO }
+        if is_setup == is_timed_setup { time } else { Cost::default() }
     };
     for (what, is_timed_setup, access) in [
         ("SETUPMAPPING", true, Access::Read),
@@ -154,16 +157,16 @@ fn bare(c: &mut Criterion, chunks: u64) {
     let window = DaxWindow::new(chunks * CHUNK_SIZE).expect("a window");
     window.map(0, 0, CHUNK_SIZE, true, file.as_fd()).expect("a mapping");
     measure(c, &format!("table and mmap, {chunks} chunks"), |_| {
-        let start = Instant::now();
-        for chunk in &places {
-            let at = chunk * CHUNK_SIZE;
-            window.map(at, at, CHUNK_SIZE, true, file.as_fd()).expect("a mapping");
-        }
-        let time = start.elapsed();
+        let cost = cost(|| {
+            for chunk in &places {
+                let at = chunk * CHUNK_SIZE;
+                window.map(at, at, CHUNK_SIZE, true, file.as_fd()).expect("a mapping");
+            }
+        });
         for chunk in &places {
             window.unmap(chunk * CHUNK_SIZE, CHUNK_SIZE).expect("a hole");
         }
-        (places.len() as u64, time)
+        (places.len() as u64, cost)
     });
     drop(window);
 
@@ -174,21 +177,21 @@ fn bare(c: &mut Criterion, chunks: u64) {
     let base = unsafe { libc::mmap(std::ptr::null_mut(), bytes, prot, nothing, -1, 0) };
     assert_ne!(base, libc::MAP_FAILED);
     measure(c, &format!("mmap, {chunks} chunks"), |_| {
-        let start = Instant::now();
-        for chunk in &places {
-            let offset = (chunk * CHUNK_SIZE) as usize;
-            // SAFETY: within what was just reserved, of which nobody has a reference.
-            let mapped = unsafe {
-                let at = base.wrapping_byte_add(offset);
-                libc::mmap(at, CHUNK_SIZE as usize, prot, shared, file.as_raw_fd(), offset as i64)
-            };
-            assert_ne!(mapped, libc::MAP_FAILED);
-        }
-        let time = start.elapsed();
+        let cost = cost(|| {
+            for chunk in &places {
+                let offset = (chunk * CHUNK_SIZE) as usize;
+                // SAFETY: within what was just reserved, of which nobody has a reference.
+                let mapped = unsafe {
+                    let at = base.wrapping_byte_add(offset);
+                    libc::mmap(at, CHUNK_SIZE as usize, prot, shared, file.as_raw_fd(), offset as i64)
+                };
+                assert_ne!(mapped, libc::MAP_FAILED);
+            }
+        });
         // SAFETY: as above.
         let hole = unsafe { libc::mmap(base, bytes, prot, nothing | libc::MAP_FIXED, -1, 0) };
         assert_ne!(hole, libc::MAP_FAILED);
-        (places.len() as u64, time)
+        (places.len() as u64, cost)
     });
     // SAFETY: the range was reserved above and is not used any more.
     unsafe { libc::munmap(base, bytes) };
@@ -208,16 +211,17 @@ fn all(c: &mut Criterion) {
     parts();
 }
 
-/// Prints what was measured, and the parts of a SETUPMAPPING as differences of that. The least of the samples is what
-/// the operation takes when nothing else goes on; the parts are computed of these.
+/// Prints what was measured, and the parts of a SETUPMAPPING as differences of that. The parts are of CPU time, which
+/// depends least on what else the machine does.
 fn parts() {
     let mut results = RESULTS.lock().unwrap_or_else(PoisonError::into_inner);
-    println!("\n{:<46} {:>9} {:>9}", "nanoseconds", "least", "median");
-    for (name, samples) in results.iter_mut() {
-        samples.sort_by(f64::total_cmp);
-        println!("{name:<46} {:>9.0} {:>9.0}", samples[0], samples[samples.len() / 2]);
+    println!("\n{:<46} {:>9} {:>9} {:>9}", "nanoseconds", "least", "median", "CPU");
+    for (name, [time, cpu]) in results.iter_mut() {
+        time.sort_by(f64::total_cmp);
+        cpu.sort_by(f64::total_cmp);
+        println!("{name:<46} {:>9.0} {:>9.0} {:>9.0}", time[0], time[time.len() / 2], cpu[cpu.len() / 2]);
     }
-    let of = |name: &str| results.get(name).and_then(|samples| samples.first()).copied();
+    let of = |name: &str| results.get(name).map(|[_, cpu]| cpu[cpu.len() / 2]);
     let columns = ["all", "queue", "parse", "file", "table", "mmap"];
     let columns: String = columns.iter().map(|name| format!(" {name:>9}")).collect();
     println!("\n{:<14}{columns}", "SETUPMAPPING");

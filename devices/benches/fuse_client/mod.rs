@@ -3,6 +3,7 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
+use std::ops::Add;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -44,6 +45,43 @@ const LIMIT: Duration = Duration::from_secs(20);
 pub enum Access {
     Read = 2,
     ReadWrite = 3,
+}
+
+/// What something took.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Cost {
+    /// From its beginning to its end.
+    pub time: Duration,
+    /// CPU time of those who did it, whatever else the machine did meanwhile.
+    pub cpu: Duration,
+}
+
+impl Add for Cost {
+    type Output = Cost;
+
+    fn add(self, other: Cost) -> Cost {
+        Cost { time: self.time + other.time, cpu: self.cpu + other.cpu }
+    }
+}
+
+/// What `work` costs on this thread.
+pub fn cost(work: impl FnOnce()) -> Cost {
+    let (start, cpu) = (Instant::now(), cpu_time(libc::CLOCK_THREAD_CPUTIME_ID));
+    work();
+    Cost { cpu: cpu_time(libc::CLOCK_THREAD_CPUTIME_ID) - cpu, time: start.elapsed() }
+}
+
+/// CPU time so far: of this thread, or of all threads.
+fn cpu_time(clock: libc::clockid_t) -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the structure lives through the call.
+    assert_eq!(unsafe { libc::clock_gettime(clock, &mut time) }, 0);
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
+/// CPU time so far of all threads but this one.
+fn cpu_time_of_others() -> Duration {
+    cpu_time(libc::CLOCK_PROCESS_CPUTIME_ID).saturating_sub(cpu_time(libc::CLOCK_THREAD_CPUTIME_ID))
 }
 
 /// A mounted share.
@@ -130,10 +168,10 @@ impl Client {
         self.send(queue, INTERRUPT, self.file, &[&[0; 8]], 0);
     }
 
-    /// Rings all queues, waits until all requests have been served, and returns how long that took. The replies are still
-    /// to be looked at.
-    pub fn serve(&mut self) -> Duration {
-        let start = Instant::now();
+    /// Rings all queues, waits until all requests have been served, and returns what that took of the device. The replies are
+    /// still to be looked at.
+    pub fn serve(&mut self) -> Cost {
+        let (start, cpu) = (Instant::now(), cpu_time_of_others());
         let queues = self.sent.len();
         (1..queues).filter(|queue| !self.sent[*queue].is_empty()).for_each(|queue| self.driver.ring(queue));
         for queue in 1..queues {
@@ -145,7 +183,8 @@ impl Client {
                 }
             }
         }
-        start.elapsed()
+        let time = start.elapsed();
+        Cost { time, cpu: cpu_time_of_others().saturating_sub(cpu) }
     }
 
     /// Checks the replies to what was served, and whether each is a success or this error.

@@ -111,7 +111,7 @@ impl<'m> Buffers<'m> {
         let parts = self.slices[self.first..].iter().map_while(|slice| {
             let part = slice.subslice(0, slice.len().min(count)).ok()?;
             count -= part.len();
-            (part.len() > 0).then(|| FileVolatileSlice::from_volatile_slice(&part))
+            (!part.is_empty()).then(|| FileVolatileSlice::from_volatile_slice(&part))
         });
         parts.collect()
     }
@@ -127,7 +127,7 @@ impl<'m> Buffers<'m> {
             let step = slice.len().min(bytes);
             bytes -= step;
             match slice.offset(step) {
-                Ok(rest) if rest.len() > 0 => *slice = rest,
+                Ok(rest) if !rest.is_empty() => *slice = rest,
                 _ => self.first += 1,
             }
         }
