@@ -370,6 +370,8 @@ mod tests {
                 size: 64 << 20,
                 mapped_chunks: 7,
                 setup_mappings: 9,
+                prefaults: 5,
+                prefault_bytes: 12_288,
                 ..Default::default()
             }),
             requests: BTreeMap::from([("OPEN", 3), ("SETUPMAPPING", 9)]),
@@ -427,6 +429,8 @@ mod tests {
         assert_eq!(value(&format!("daxvm_window_chunks{{{share}}}")), 32.0);
         assert_eq!(value(&format!("daxvm_window_mapped_chunks{{{share}}}")), 7.0);
         assert_eq!(value(&format!("daxvm_window_setup_mappings_total{{{share}}}")), 9.0);
+        assert_eq!(value(&format!("daxvm_window_prefaults_total{{{share}}}")), 5.0);
+        assert_eq!(value(&format!("daxvm_window_prefault_bytes_total{{{share}}}")), 12_288.0);
         assert_eq!(value(&format!("daxvm_window_churned_chunks_total{{{share}}}")), 6.0);
         assert_eq!(value(r#"daxvm_fs_dax_granted_total{share="plain"}"#), 0.0);
         assert_eq!(value(&format!("daxvm_fs_requests_total{{{share},operation=\"OPEN\"}}")), 3.0);
