@@ -388,6 +388,8 @@ mod tests {
                 size: 64 << 20,
                 mapped_chunks: 7,
                 setup_mappings: 9,
+                prefaults: 5,
+                prefault_bytes: 12_288,
                 ..Default::default()
             }),
             requests: BTreeMap::from([("OPEN", 3), ("SETUPMAPPING", 9)]),
@@ -446,6 +448,8 @@ mod tests {
         assert_eq!(value(&format!("daxvm_window_chunks{{{share}}}")), 32.0);
         assert_eq!(value(&format!("daxvm_window_mapped_chunks{{{share}}}")), 7.0);
         assert_eq!(value(&format!("daxvm_window_setup_mappings_total{{{share}}}")), 9.0);
+        assert_eq!(value(&format!("daxvm_window_prefaults_total{{{share}}}")), 5.0);
+        assert_eq!(value(&format!("daxvm_window_prefault_bytes_total{{{share}}}")), 12_288.0);
         assert_eq!(value(&format!("daxvm_window_churned_chunks_total{{{share}}}")), 6.0);
         assert_eq!(value(&format!("daxvm_window_refaulted_chunks_total{{{share}}}")), 11.0);
         assert_eq!(value(&format!("daxvm_window_thrash_level{{{share}}}")), 3.0);

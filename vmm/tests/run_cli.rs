@@ -117,6 +117,7 @@ path = "HERE/data"
 read-only = true
 window = "64M"
 dax = "auto"
+prefault = "cached"
 cache = "auto"
 
 [[share]]
@@ -124,6 +125,7 @@ tag = "plain"
 path = "HERE/data"
 read-only = false
 dax = "never"
+prefault = "cached"
 cache = "auto"
 
 [[disk]]
@@ -136,7 +138,7 @@ read-only = true
 #   kernel parameters: console=ttyS0 panic=-1 reboot=a quiet
 #   vCPUs: 1
 #   RAM: 1 GiB, of which DAX windows take 1 MiB, used or not
-#   share data: HERE/data, read-only, DAX auto, window of 64 MiB for 1 MiB of RAM
+#   share data: HERE/data, read-only, DAX auto, window of 64 MiB for 1 MiB of RAM, prefault cached
 #   share plain: HERE/data, writable, no DAX window
 #   disk vda: HERE/disk.img, read-only
 #   virtio-rng
