@@ -13,6 +13,7 @@ use super::counters::{Counts, DiskCountersHandle};
 use super::image::{DiskError, Image, SECTOR};
 use super::request::{Handler, MAX_RANGE_SECTORS, MAX_RANGES};
 use crate::virtio::device::{ActivateError, Activation, VirtioDevice, read_config_space};
+use crate::virtio::thread::ThreadKind;
 use crate::virtio::worker::QueueWorker;
 
 const QUEUE_SIZE: u16 = 256;
@@ -125,7 +126,14 @@ impl VirtioDevice for BlockDevice {
                 writes_through: features >> VIRTIO_BLK_F_FLUSH & 1 == 0,
             };
             let name = format!("blk{}-{}", queue.index, self.id);
-            let worker = QueueWorker::spawn(&name, queue, memory.clone(), Arc::clone(&needs_reset), handler);
+            let worker = QueueWorker::spawn(
+                ThreadKind::Data,
+                &name,
+                queue,
+                memory.clone(),
+                Arc::clone(&needs_reset),
+                handler,
+            );
             match worker {
                 Ok(worker) => self.workers.push(worker),
                 Err(source) => {
