@@ -19,7 +19,8 @@ mod watchdog;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
-use std::path::PathBuf;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -147,7 +148,9 @@ impl ReportFile {
 /// What comes between a VM that is built and its first thread: what is to be opened is, and all that is not needed any
 /// more is given up.
 fn confine(vm: &mut Vm, plan: &Plan, begin: Instant) -> Result<ReportFile, RunError> {
-    let open = |path: &PathBuf| match File::create(path) {
+    // The server of shares has cleared the umask.
+    let create = |path: &Path| File::options().write(true).create(true).truncate(true).mode(0o644).open(path);
+    let open = |path: &PathBuf| match create(path) {
         Ok(file) => Ok((path.clone(), file)),
         Err(source) => Err(RunError::Report { path: path.clone(), source }),
     };
