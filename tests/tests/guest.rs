@@ -48,6 +48,8 @@ mod runner_ends;
 mod runner_jobs;
 #[path = "guest/runner_terminal.rs"]
 mod runner_terminal;
+#[path = "guest/sandbox.rs"]
+mod sandbox;
 #[path = "guest/seen.rs"]
 mod seen;
 #[path = "guest/tree.rs"]

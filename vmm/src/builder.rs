@@ -1,5 +1,6 @@
 //! From a configuration to a VM, one helper a step.
 
+use std::fs::File;
 use std::io;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -10,7 +11,9 @@ use devices::pci::{ConfigPorts, Ecam};
 use devices::virtio::block::{BlockConfig, BlockDevice, DiskCountersHandle, DiskError};
 use devices::virtio::console::{ConsoleDevice, ConsoleError, Port, PortsHandle};
 use devices::virtio::device::{DeviceMemory, VirtioDevice};
-use devices::virtio::fs::{FileSystemConfig, FileSystemDevice, FileSystemError, descriptors_per_share};
+use devices::virtio::fs::{
+    FileSystemConfig, FileSystemDevice, FileSystemError, descriptors_per_share, open_directory,
+};
 use devices::virtio::pci::VirtioPciError;
 use devices::virtio::rng::RngDevice;
 use kvm_bindings::CpuId;
@@ -21,7 +24,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::arch::x86_64::entry::{self, EntryError, EntryPoint};
 use crate::arch::x86_64::{acpi, cpuid};
 use crate::boot::{self, Boot, BootError, Initramfs};
-use crate::config::{DiskConfig, ShareConfig, ShareWindow, ValidConfig, WindowsError};
+use crate::config::{DiskConfig, SandboxMode, ShareConfig, ShareWindow, ValidConfig, WindowsError};
 use crate::console::{ConsoleLog, ConsoleOutput};
 use crate::device_manager::DeviceManager;
 use crate::exit::Buses;
@@ -30,6 +33,7 @@ use crate::layout::{self, irq, ports};
 use crate::memory::{GuestRam, MemoryError, Slot, Slots};
 use crate::prefault::PrefaultVcpu;
 use crate::report::ShareCounters;
+use crate::sandbox;
 use crate::vcpu::Memory;
 use crate::vm::{Ending, Parts, Vm, Wiring};
 
@@ -87,6 +91,9 @@ pub enum BuildError {
     /// An event descriptor.
     #[error("Cannot create an event descriptor")]
     EventFd(#[source] io::Error),
+    /// No descriptors are left.
+    #[error("Cannot open another file; raise the limit of open files (ulimit -n)")]
+    Descriptor(#[source] io::Error),
 }
 
 /// Builds a VM.
@@ -134,12 +141,15 @@ pub(crate) fn build(config: ValidConfig, wiring: Wiring) -> Result<Vm, BuildErro
     let windows = config.windows()?;
     let descriptors = descriptors_per_share(&windows.iter().map(|window| window.size).collect::<Vec<_>>());
     let may_prefault = windows.iter().any(ShareWindow::may_prefault);
-    let shares = config
-        .shares
-        .iter()
-        .zip(windows)
-        .map(|(share, window)| add_share(&mut manager, share, window, descriptors, &config))
-        .collect::<Result<_, _>>()?;
+    let (mut shares, mut to_confine) = (Vec::new(), (Vec::new(), Vec::new()));
+    for (share, window) in config.shares.iter().zip(windows) {
+        let (root, not_own) = open_share(share, config.sandbox)
+            .map_err(|source| BuildError::Share { tag: share.tag.clone(), source })?;
+        let facts = sandbox::Share { path: share.path.clone(), read_only: share.read_only, not_own };
+        to_confine.0.push(facts);
+        to_confine.1.push(root.try_clone().map_err(BuildError::Descriptor)?.into());
+        shares.push(add_share(&mut manager, share, root, window, descriptors, &config)?);
+    }
 
     let rsdp = acpi::write_tables(&memory, config.cpus, &mmio_64).map_err(BuildError::Acpi)?;
     let entry = load_guest(&config, wiring.initramfs.as_deref(), &memory, rsdp)?;
@@ -155,6 +165,8 @@ pub(crate) fn build(config: ValidConfig, wiring: Wiring) -> Result<Vm, BuildErro
         panicked: console.panicked,
         console_log: console.log,
         shares,
+        to_confine,
+        layers: Vec::new(),
         disks,
         ports,
         config,
@@ -229,14 +241,27 @@ const ACPI_SLEEP_PORTS: u64 = AcpiSleep::<fn(PowerEvent)>::SIZE;
 /// Request queues of a share or a disk: one a vCPU, so that none waits for another's request, up to what a host can serve.
 const MAX_REQUEST_QUEUES: u8 = 8;
 
+/// Opens a share's directory, as a tree of its own if the process is to be confined; and says why it is none then.
+fn open_share(share: &ShareConfig, sandbox: SandboxMode) -> Result<(File, Option<String>), FileSystemError> {
+    let why = match sandbox {
+        SandboxMode::Off => "the sandbox is off".to_owned(),
+        SandboxMode::On => match sandbox::own_tree(&share.path, share.read_only) {
+            Ok(tree) => return Ok((tree.into(), None)),
+            Err(error) => error.to_string(),
+        },
+    };
+    Ok((open_directory(&share.path)?, Some(why)))
+}
+
 fn add_share(
     manager: &mut DeviceManager,
     share: &ShareConfig,
+    root: File,
     window: ShareWindow,
     descriptors: u64,
     config: &ValidConfig,
 ) -> Result<ShareCounters, BuildError> {
-    let device = FileSystemDevice::new(FileSystemConfig {
+    let settings = FileSystemConfig {
         tag: share.tag.clone(),
         path: share.path.clone(),
         read_only: share.read_only,
@@ -246,8 +271,9 @@ fn add_share(
         cache: share.cache,
         request_queues: config.cpus.min(MAX_REQUEST_QUEUES).into(),
         descriptors,
-    })
-    .map_err(|source| BuildError::Share { tag: share.tag.clone(), source })?;
+    };
+    let device = FileSystemDevice::with_root(settings, root)
+        .map_err(|source| BuildError::Share { tag: share.tag.clone(), source })?;
     let counters = ShareCounters {
         counters: device.counters(),
         window: device.shared_memory().map(|shared| {

@@ -135,6 +135,13 @@ pub fn restore_terminal() {
     RAW.lock().unwrap_or_else(|e| e.into_inner()).take();
 }
 
+/// The same for signal handlers, which must not wait for a lock.
+pub fn restore_terminal_from_handler() {
+    if let Ok(mut raw) = RAW.try_lock() {
+        raw.take();
+    }
+}
+
 impl Drop for RawTerminal {
     fn drop(&mut self) {
         // A terminal that has gone away needs no restoring.

@@ -2,7 +2,8 @@
 //!
 //! The boot path, by types: a [`VmConfig`] is what a user wrote; [`ValidConfig`] has been checked; [`Vm::build`] turns
 //! it into a [`Vm`] (see `builder.rs`, which reads as the recipe); [`Vm::run`] runs the guest to its end and returns a
-//! [`Report`]. [`Vm::ending`] gives the means to end it from another thread.
+//! [`Report`]. [`Vm::ending`] gives the means to end it from another thread. Between the two, [`Vm::confine`] takes from
+//! the process what its guest does not need.
 
 pub mod api;
 mod arch;
@@ -29,6 +30,7 @@ mod patrol;
 mod prefault;
 mod report;
 pub mod runner;
+pub mod sandbox;
 mod top;
 mod vcpu;
 mod vm;

@@ -17,6 +17,7 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::api::{Counters, Probe};
+use crate::sandbox::seccomp::{self, Kind};
 
 /// The media type of the text.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -321,6 +322,7 @@ impl MetricsFile {
         let (end, ended) = mpsc::channel();
         let (path_of_thread, probe_of_thread) = (path.to_owned(), probe.clone());
         let again = move || {
+            seccomp::enter(Kind::Observer);
             let mut has_failed = false;
             while ended.recv_timeout(interval) == Err(RecvTimeoutError::Timeout) {
                 if let Err(error) = write(&path_of_thread, &probe_of_thread)

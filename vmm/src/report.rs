@@ -1,9 +1,8 @@
 //! What is known of a VM that has ended, for people and for programs (`--report FILE.json`).
 
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::ops::Range;
-use std::path::Path;
 use std::time::Duration;
 
 use devices::virtio::block::DiskCounters;
@@ -12,6 +11,7 @@ use devices::virtio::fs::{CountersHandle, FileSystemCounters};
 use serde::Serialize;
 
 use crate::outcome::ExitReason;
+use crate::sandbox::Layer;
 use crate::vm::Parts;
 
 /// The report of one VM.
@@ -26,6 +26,8 @@ pub struct Report {
     pub timing: Timing,
     /// KiB of the VMM's own resident memory at the end: all but guest RAM and windows.
     pub vmm_memory_kib: Option<u64>,
+    /// How the process was confined; none if it was not.
+    pub sandbox: Vec<Layer>,
     /// The shares.
     pub shares: Vec<FileSystemCounters>,
     /// The disks.
@@ -75,17 +77,17 @@ impl Report {
         let shares = parts.shares.iter().map(|share| share.counters.snapshot()).collect();
         let disks = parts.disks.iter().map(|disk| disk.snapshot()).collect();
         let ports = parts.ports.counters();
-        Report { reason, status, timing, vmm_memory_kib, shares, disks, ports }
+        Report { reason, status, timing, vmm_memory_kib, sandbox: parts.layers.clone(), shares, disks, ports }
     }
 
     /// Writes the report as JSON.
     ///
     /// # Errors
-    /// The file cannot be written.
-    pub fn write(&self, path: &Path) -> io::Result<()> {
+    /// It cannot be written.
+    pub fn write(&self, mut out: impl Write) -> io::Result<()> {
         let mut text = serde_json::to_string_pretty(self)?;
         text.push('\n');
-        fs::write(path, text)
+        out.write_all(text.as_bytes())
     }
 }
 

@@ -15,6 +15,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 use crate::arch::x86_64::fault;
 use crate::device_manager::Windows;
 use crate::exit::{Buses, Fatal};
+use crate::sandbox::seccomp::{self, Kind};
 
 /// The signal that interrupts KVM_RUN; its handler does nothing.
 fn kick_signal() -> libc::c_int {
@@ -70,6 +71,7 @@ impl Vcpu {
         let orders = Arc::<Orders>::default();
         let given = Arc::clone(&orders);
         let thread = std::thread::Builder::new().name(format!("vcpu-{id}")).spawn(move || {
+            seccomp::enter(Kind::Vcpu);
             if let Err(fatal) = run(&mut fd, &buses, &memory, &given) {
                 on_fatal(fatal);
             }

@@ -1,6 +1,7 @@
 //! A virtual machine: owns everything that it is made of, runs it, ends it.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -22,6 +23,7 @@ use crate::memory::{GuestRam, Slot};
 use crate::outcome::{ExitReason, Stop};
 use crate::patrol::patrol;
 use crate::report::{Report, ShareCounters, Timing};
+use crate::sandbox::{self, Layer, Outputs, SandboxError, SandboxMode};
 use crate::vcpu::{Memory, Vcpu};
 
 /// A machine that is ready to run.
@@ -45,6 +47,10 @@ pub(crate) struct Parts {
     pub panicked: EventFd,
     pub console_log: Arc<Mutex<ConsoleLog>>,
     pub shares: Vec<ShareCounters>,
+    /// What confinement has to know of them, and their root directories, as long as it is to come.
+    pub to_confine: (Vec<sandbox::Share>, Vec<OwnedFd>),
+    /// How the process is confined.
+    pub layers: Vec<Layer>,
     pub disks: Vec<DiskCountersHandle>,
     pub ports: PortsHandle,
     pub config: ValidConfig,
@@ -117,9 +123,9 @@ pub enum ConsoleInput {
     /// Nowhere.
     None,
     /// This descriptor.
-    From(std::os::fd::OwnedFd),
+    From(OwnedFd),
     /// A terminal in raw mode: as above, and the escape sequence ends the VM.
-    Terminal(std::os::fd::OwnedFd),
+    Terminal(OwnedFd),
 }
 
 impl Vm {
@@ -160,6 +166,23 @@ impl Vm {
     /// Counts the guest's accesses to its devices, but for doorbells: a guest that boots makes some all the time.
     pub(crate) fn activity(&self) -> Arc<AtomicU64> {
         Arc::clone(&self.parts.buses.activity)
+    }
+
+    /// Takes from the calling thread, and from all that it starts from now on, what the guest does not need, as far as the
+    /// machine allows; of the file system it leaves the shares and `outputs`. `sandbox.rs` lists the layers, and so does
+    /// the report. Nothing happens if the configuration says [`SandboxMode::Off`].
+    ///
+    /// There should be no other threads: each of them keeps what it has, and can be made to do what this one no longer
+    /// can. The process does not get anything back when the VM has ended.
+    ///
+    /// # Errors
+    /// A layer fails that the machine has.
+    pub fn confine(&mut self, outputs: &Outputs) -> Result<(), SandboxError> {
+        let (shares, roots) = std::mem::take(&mut self.parts.to_confine);
+        if self.parts.config.sandbox == SandboxMode::On {
+            self.parts.layers = sandbox::apply(&shares, &roots, outputs)?;
+        }
+        Ok(())
     }
 
     /// Runs the guest to its end.

@@ -143,7 +143,11 @@ read-only = true
 #   disk vda: HERE/disk.img, read-only
 #   virtio-rng
 "#;
-    assert_eq!(out, expected.replace("HERE", here.to_str().unwrap()));
+    let (machine, sandbox) = out.split_once("\n# Sandbox").unwrap();
+    assert_eq!(machine, expected.replace("HERE", here.to_str().unwrap()));
+    for layer in ["shares", "limits", "mounts", "no-new-privileges", "capabilities", "landlock", "seccomp"] {
+        assert!(sandbox.contains(&format!("\n#   {layer}: ")), "{layer}: {sandbox}");
+    }
     fs::write(here.join("again.toml"), &out).unwrap();
     let (again, err, status) =
         daxvm(Path::new("/"), &["run", "--dry-run", "--config", here.join("again.toml").to_str().unwrap()]);

@@ -9,6 +9,7 @@ use vm_memory::GuestMemoryMmap;
 
 use super::buffers::IoVectors;
 use super::device::{ActivateError, Activation, VirtioDevice};
+use super::thread::ThreadKind;
 use super::worker::{ChainError, ChainHandler, QueueWorker};
 
 /// Linux asks for 64 bytes at a time.
@@ -38,7 +39,14 @@ impl VirtioDevice for RngDevice {
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let Activation { memory, queues, needs_reset, .. } = activation;
         for queue in queues {
-            let worker = QueueWorker::spawn("rng", queue, memory.clone(), Arc::clone(&needs_reset), Entropy);
+            let worker = QueueWorker::spawn(
+                ThreadKind::Data,
+                "rng",
+                queue,
+                memory.clone(),
+                Arc::clone(&needs_reset),
+                Entropy,
+            );
             self.worker = Some(worker.map_err(|source| ActivateError {
                 reason: "the entropy source has no thread".into(),
                 source: Some(source),

@@ -1,9 +1,9 @@
-//! A device's thread: how it waits, and how it is ended at once, whatever it is doing.
+//! A device's thread: who starts it, how it waits, and how it is ended at once, whatever it is doing.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -20,6 +20,45 @@ const SIGNAL_AGAIN: Duration = Duration::from_millis(1);
 /// The signal that ends system calls of interruptible threads; its handler does nothing.
 fn interrupting_signal() -> libc::c_int {
     SIGRTMIN() + 1
+}
+
+/// What a thread of a device does, for whoever confines it.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum ThreadKind {
+    /// Serves the requests of a share.
+    FileSystem,
+    /// Moves data between guest memory and descriptors that are open: disks, ports, entropy.
+    Data,
+    /// Looks at mapped files that change on the host.
+    Watcher,
+}
+
+/// Starts a thread of this kind and name, which runs the body.
+pub type ThreadStarter =
+    dyn Fn(ThreadKind, &str, Box<dyn FnOnce() + Send>) -> io::Result<JoinHandle<()>> + Send + Sync;
+
+static STARTER: OnceLock<Box<ThreadStarter>> = OnceLock::new();
+
+/// Has `starter` start all threads of devices in this process from now on. It is for those who confine threads: devices
+/// are activated by vCPUs, and a thread inherits the confinement of the one that starts it. Only the first call counts;
+/// says whether it was this one.
+pub fn start_threads_with(starter: Box<ThreadStarter>) -> bool {
+    STARTER.set(starter).is_ok()
+}
+
+/// Starts the thread `name` (at most 15 bytes are shown by the system).
+///
+/// # Errors
+/// The system refuses a thread.
+pub(super) fn start(
+    kind: ThreadKind,
+    name: &str,
+    body: impl FnOnce() + Send + 'static,
+) -> io::Result<JoinHandle<()>> {
+    match STARTER.get() {
+        Some(starter) => starter(kind, name, Box::new(body)),
+        None => std::thread::Builder::new().name(name.to_owned()).spawn(body),
+    }
 }
 
 /// Tells a thread to end.
@@ -79,19 +118,20 @@ pub struct DeviceThread {
 }
 
 impl DeviceThread {
-    /// Starts the thread `name` (at most 15 bytes are shown by the system). When `body` fails, `needs_reset` is called.
-    /// To end the thread is to set the [`Stop`] and to wait.
+    /// Starts a thread of this kind and name. When `body` fails, `needs_reset` is called. To end the thread is to set the
+    /// [`Stop`] and to wait.
     ///
     /// # Errors
     /// The system refuses a descriptor or a thread.
     pub fn spawn(
+        kind: ThreadKind,
         name: &str,
         needs_reset: Arc<dyn Fn() + Send + Sync>,
         body: impl FnOnce(&Stop) -> Result<(), ChainError> + Send + 'static,
     ) -> io::Result<DeviceThread> {
         let stop = Arc::new(Stop::new()?);
         let (stopping, thread_name) = (Arc::clone(&stop), name.to_owned());
-        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || {
+        let thread = start(kind, name, move || {
             if let Err(error) = body(&stopping) {
                 tracing::error!(thread = %thread_name, %error, "Queue stopped, the device needs a reset");
                 needs_reset();
@@ -106,13 +146,14 @@ impl DeviceThread {
     /// # Errors
     /// As [`DeviceThread::spawn`]; what sigaction(2) says.
     pub fn spawn_interruptible(
+        kind: ThreadKind,
         name: &str,
         needs_reset: Arc<dyn Fn() + Send + Sync>,
         body: impl FnOnce(&Stop) -> Result<(), ChainError> + Send + 'static,
     ) -> io::Result<DeviceThread> {
         extern "C" fn interrupted(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
         register_signal_handler(interrupting_signal(), interrupted)?;
-        let mut thread = DeviceThread::spawn(name, needs_reset, body)?;
+        let mut thread = DeviceThread::spawn(kind, name, needs_reset, body)?;
         thread.is_interruptible = true;
         Ok(thread)
     }
@@ -142,7 +183,8 @@ mod tests {
     #[test]
     fn a_thread_that_blocks_in_a_read_ends_at_once() {
         let (mut reader, _writer) = io::pipe().unwrap();
-        let thread = DeviceThread::spawn_interruptible("blocked", Arc::new(|| ()), move |stop| {
+        let kind = ThreadKind::Data;
+        let thread = DeviceThread::spawn_interruptible(kind, "blocked", Arc::new(|| ()), move |stop| {
             while !stop.is_set() {
                 let error = reader.read(&mut [0]).unwrap_err();
                 assert_eq!(error.kind(), io::ErrorKind::Interrupted);
@@ -161,7 +203,7 @@ mod tests {
         let (sender, receiver) = std::sync::mpsc::channel();
         let (bell, quiet) = (EventFd::new(EFD_NONBLOCK).unwrap(), EventFd::new(EFD_NONBLOCK).unwrap());
         bell.write(1).unwrap();
-        let thread = DeviceThread::spawn("waiting", Arc::new(|| ()), move |stop| {
+        let thread = DeviceThread::spawn(ThreadKind::Data, "waiting", Arc::new(|| ()), move |stop| {
             let watched = [(-1, libc::POLLIN), (bell.as_raw_fd(), libc::POLLIN)];
             sender.send(stop.wait(watched).unwrap().map(Vec::from)).unwrap();
             sender.send(stop.wait([(quiet.as_raw_fd(), libc::POLLIN)]).unwrap().map(Vec::from)).unwrap();

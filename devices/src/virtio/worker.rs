@@ -10,7 +10,7 @@ use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 
 use super::device::{ActiveQueue, DeviceMemory};
-use super::thread::{DeviceThread, Stop};
+use super::thread::{DeviceThread, Stop, ThreadKind};
 
 /// What a device does with one chain of descriptors.
 pub trait ChainHandler: Send + 'static {
@@ -34,18 +34,19 @@ pub struct ChainError(pub String);
 pub struct QueueWorker(DeviceThread);
 
 impl QueueWorker {
-    /// Starts the thread `name` (at most 15 bytes are shown by the system).
+    /// Starts a thread of this kind and name (of which the system shows at most 15 bytes).
     ///
     /// # Errors
     /// The system refuses a descriptor or a thread.
     pub fn spawn(
+        kind: ThreadKind,
         name: &str,
         queue: ActiveQueue,
         memory: DeviceMemory,
         needs_reset: Arc<dyn Fn() + Send + Sync>,
         mut handler: impl ChainHandler,
     ) -> io::Result<QueueWorker> {
-        let thread = DeviceThread::spawn(name, needs_reset, move |stop| {
+        let thread = DeviceThread::spawn(kind, name, needs_reset, move |stop| {
             serve(queue, &memory, stop, |queue, memory| {
                 let Some(chain) = queue.next_chain(memory)? else { return Ok(false) };
                 let head = chain.head_index();

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::VmError;
@@ -99,8 +100,10 @@ fn parse_smaps(smaps: &str, shared: &Path) -> Holdings {
         let key = words.next().unwrap_or_default();
         let Some(key) = key.strip_suffix(':') else {
             // start-end perms offset device inode [path]
-            let path = words.nth(4).map(|first| Path::new(&line[line.rfind(first).unwrap_or(0)..]));
-            is_shared = path.is_some_and(|path| path.starts_with(shared));
+            let (device, inode) = (words.nth(2).unwrap_or_default(), words.next().unwrap_or_default());
+            let path = words.next().map(|first| Path::new(&line[line.rfind(first).unwrap_or(0)..]));
+            is_shared =
+                path.is_some_and(|path| path.starts_with(shared) || is_in(shared, path, device, inode));
             is_guest = false;
             holdings.share_mappings += usize::from(is_shared);
             continue;
@@ -114,6 +117,16 @@ fn parse_smaps(smaps: &str, shared: &Path) -> Holdings {
         }
     }
     holdings
+}
+
+/// Whether a file of this device (MAJOR:MINOR, hexadecimal) and inode is the one at `path` of a share whose paths begin at
+/// its root, as they do when it is a tree of its own.
+fn is_in(shared: &Path, path: &Path, device: &str, inode: &str) -> bool {
+    let Ok(found) = fs::symlink_metadata(shared.join(path.strip_prefix("/").unwrap_or(path))) else {
+        return false;
+    };
+    let (major, minor) = (rustix::fs::major(found.dev()), rustix::fs::minor(found.dev()));
+    format!("{major:02x}:{minor:02x}") == device && found.ino().to_string() == inode
 }
 
 #[cfg(test)]
@@ -131,6 +144,19 @@ Size:                 64 kB\nRss:                  60 kB\nVmFlags: rd ex\n";
         let holdings = parse_smaps(smaps, Path::new("/srv/share"));
         assert_eq!((holdings.share_mappings, holdings.share_resident), (1, 1024));
         assert_eq!(holdings.own_resident, 60);
+    }
+
+    #[test]
+    fn a_file_in_a_tree_of_its_own_is_known_by_its_inode() {
+        let shared = tempfile::tempdir().unwrap();
+        fs::write(shared.path().join("file"), "").unwrap();
+        let found = fs::metadata(shared.path().join("file")).unwrap();
+        let device = format!("{:02x}:{:02x}", rustix::fs::major(found.dev()), rustix::fs::minor(found.dev()));
+        let smaps = |inode: u64| {
+            let line = format!("7f1000000000-7f1000200000 rw-s 00000000 {device} {inode}      /file");
+            parse_smaps(&format!("{line}\nRss:                1024 kB\n"), shared.path())
+        };
+        assert_eq!((smaps(found.ino()).share_mappings, smaps(found.ino() + 1).share_mappings), (1, 0));
     }
 
     #[test]

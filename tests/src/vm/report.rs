@@ -85,12 +85,12 @@ pub struct WindowCounts {
 }
 
 impl Report {
-    /// Reads a report; none is an empty one.
+    /// Reads a report; none is an empty one, and so is a file in which nothing was written before the end.
     ///
     /// # Errors
     /// It is no report.
     pub fn parse(bytes: Option<&[u8]>) -> io::Result<Report> {
-        let Some(bytes) = bytes else { return Ok(Report::default()) };
+        let Some(bytes) = bytes.filter(|bytes| !bytes.is_empty()) else { return Ok(Report::default()) };
         let all: Value = serde_json::from_slice(bytes)?;
         Ok(Report { all: all.clone(), ..serde_json::from_value(all)? })
     }

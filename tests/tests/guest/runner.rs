@@ -12,7 +12,7 @@ use tests::guest::data::Content;
 use tests::vm::{CommandEnded, CommandRun, Kernel, scratch};
 
 use crate::harness::{Outcome, Places, end_current, ensure, ensure_eq, trial};
-use crate::{runner_ends, runner_jobs, runner_terminal, seen};
+use crate::{runner_ends, runner_jobs, runner_terminal, sandbox, seen};
 
 /// A check that runs commands with one kernel.
 pub type RunnerCheck = fn(&Kernel) -> Outcome;
@@ -38,6 +38,7 @@ pub fn trials(places: &Result<Places, String>, kernel: &'static str, trials: &mu
         ]);
         checks.extend(runner_ends::checks());
         checks.extend(seen::checks());
+        checks.extend(sandbox::checks());
         checks.extend(runner_terminal::checks());
         checks.extend(runner_jobs::checks());
     }

@@ -16,6 +16,7 @@ use super::http::{MAX_REQUEST, Parsed, parse};
 use super::probe::Probe;
 use super::routes::{Routes, error};
 use super::socket::ApiSocket;
+use crate::sandbox::seccomp::{self, Kind};
 
 /// Clients that are served at the same time.
 const MAX_CONNECTIONS: usize = 32;
@@ -43,7 +44,10 @@ impl Server {
         let (end, alive) = io::pipe()?;
         let serving =
             Serving { listener, end, routes: Routes::new(probe), connections: Vec::new(), rest_until: None };
-        let thread = thread::Builder::new().name("api".into()).spawn(move || serving.run())?;
+        let thread = thread::Builder::new().name("api".into()).spawn(move || {
+            seccomp::enter(Kind::Observer);
+            serving.run();
+        })?;
         Ok(Server { alive: Some(alive), thread: Some(thread), _socket: socket })
     }
 }

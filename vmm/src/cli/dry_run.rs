@@ -1,13 +1,14 @@
 //! `daxvm run --dry-run`: the configuration as a file for `--config`, and in comments the machine that comes of it.
 
 use std::error::Error;
-use std::fmt::{self, Display};
+use std::fmt::{self, Display, Write};
 
 use devices::text::Bytes;
 use devices::virtio::fs::policy::WindowFacts;
 
-use crate::config::{RunConfig, ShareWindow, ValidConfig};
-use crate::runner;
+use crate::config::{RunConfig, SandboxMode, ShareWindow, ValidConfig};
+use crate::runner::{self, Plan};
+use crate::sandbox;
 
 /// Prints it. Files are read for it, such as the kernel's modules; nothing is started.
 pub(super) fn print(config: &RunConfig) -> Result<(), Box<dyn Error>> {
@@ -15,8 +16,23 @@ pub(super) fn print(config: &RunConfig) -> Result<(), Box<dyn Error>> {
     let plan = runner::plan(config)?;
     let modules: Vec<_> = plan.modules.iter().map(|module| module.name.clone()).collect();
     text.push_str(&Machine::new(&plan.machine, &modules)?.to_string());
+    text.push_str(&sandbox(&plan)?);
     super::config::print(&text)?;
     Ok(())
+}
+
+/// How the process would be confined on this machine.
+fn sandbox(plan: &Plan) -> Result<String, fmt::Error> {
+    let mut text = String::from("\n# Sandbox, before the guest runs:\n");
+    if plan.machine.sandbox == SandboxMode::Off {
+        text.push_str("#   off: daxvm may do all that you may\n");
+        return Ok(text);
+    }
+    let shares = plan.machine.shares.iter().map(|share| (share.path.as_path(), share.read_only));
+    for layer in sandbox::plan(shares, &plan.outputs()) {
+        writeln!(text, "#   {layer}")?;
+    }
+    Ok(text)
 }
 
 /// A machine, as comments of a configuration file.

@@ -11,8 +11,8 @@ use super::dry_run;
 use super::root::{parse_disk, parse_root};
 use super::share::parse_share;
 use crate::config::{
-    DiskConfig, Host, RootConfig, RunConfig, ShareConfig, parse_cpus, parse_interval, parse_limit,
-    parse_memory, parse_variable,
+    DiskConfig, Host, RootConfig, RunConfig, SandboxMode, ShareConfig, parse_cpus, parse_interval,
+    parse_limit, parse_memory, parse_variable,
 };
 
 /// Boot a guest, and run a command in it
@@ -106,6 +106,10 @@ pub struct RunArgs {
     /// Listen on a Unix socket that tells, over HTTP, what the guest does (for `daxvm top` and `daxvm ctl`)
     #[arg(long, value_name = "PATH", help_heading = "Output")]
     api_socket: Option<PathBuf>,
+    /// Whether daxvm gives up all rights that its guest does not need before it runs: `on`, the default, or `off`, which is
+    /// for the time in which a mistake of the sandbox is looked for
+    #[arg(long, value_name = "on|off", value_enum, hide_possible_values = true, help_heading = "Machine")]
+    sandbox: Option<SandboxMode>,
     /// Take the configuration from a file (`daxvm config schema` says what is in it)
     #[arg(long = "config", value_name = "FILE", help_heading = "Configuration")]
     file: Option<PathBuf>,
@@ -167,6 +171,7 @@ impl RunArgs {
             metrics_file: self.metrics_file,
             metrics_interval: self.metrics_interval,
             api_socket: self.api_socket,
+            sandbox: self.sandbox,
             command: self.command,
         }
     }

@@ -130,9 +130,9 @@ fn without_null(schema: &mut Value) {
 mod tests {
     use std::time::Duration;
 
-    use super::super::{DaxConfig, DiskConfig, RootConfig, ShareConfig};
     use devices::virtio::fs::policy::Prefault;
 
+    use super::super::{DaxConfig, DiskConfig, RootConfig, SandboxMode, ShareConfig};
     use super::*;
     use crate::guest::protocol::RootMode;
 
@@ -154,6 +154,7 @@ report = "out/report.json"
 metrics-file = "out/daxvm.prom"
 metrics-interval = "500ms"
 api-socket = "/run/vm.sock"
+sandbox = "off"
 command = ["make", "test"]
 root = { path = "debian", mode = "ro", dax = "auto", window = "64M", prefault = "never" }
 env = { RUST_LOG = "debug", HOME = true }
@@ -214,6 +215,7 @@ read-only = true
             metrics_file: Some("/etc/vm/out/daxvm.prom".into()),
             metrics_interval: Some(Duration::from_millis(500)),
             api_socket: Some("/run/vm.sock".into()),
+            sandbox: Some(SandboxMode::Off),
             command: vec!["make".into(), "test".into()],
         }
     }

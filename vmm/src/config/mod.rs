@@ -32,6 +32,7 @@ pub use values::{
 pub use windows::{ShareWindow, WindowsError};
 
 use crate::arch::x86_64::MAX_VCPUS;
+pub use crate::sandbox::SandboxMode;
 
 /// The least memory that a guest can have, in bytes.
 pub const MIN_MEMORY: u64 = 64 << 20;
@@ -81,6 +82,10 @@ pub struct VmConfig {
     /// How long the VM may run.
     #[serde(default)]
     pub timeout: Option<Duration>,
+    /// Whether the process is confined ([`Vm::confine`](crate::Vm::confine)); off, unless whoever owns the process says
+    /// so.
+    #[serde(default)]
+    pub sandbox: SandboxMode,
 }
 
 impl Default for VmConfig {
@@ -97,6 +102,7 @@ impl Default for VmConfig {
             rng: false,
             large_windows: false,
             timeout: None,
+            sandbox: SandboxMode::Off,
         }
     }
 }

@@ -10,7 +10,7 @@ use devices::virtio::fs::policy::Prefault;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{DaxConfig, DiskConfig, ShareConfig, values};
+use super::{DaxConfig, DiskConfig, SandboxMode, ShareConfig, values};
 use crate::guest::protocol::RootMode;
 
 /// A guest to run, and what to run in it. In a file its keys are the names of the flags of `daxvm run`.
@@ -66,6 +66,8 @@ pub struct RunConfig {
     pub metrics_interval: Option<Duration>,
     /// Where the Unix socket is made on which the running VM can be asked what it does.
     pub api_socket: Option<PathBuf>,
+    /// Whether daxvm gives up all rights that its guest does not need; it does by default.
+    pub sandbox: Option<SandboxMode>,
     /// Program and arguments; none for a guest with an initramfs of its own. The command line's replaces that of a file.
     #[serde(with = "values::command", skip_serializing_if = "Vec::is_empty")]
     #[schemars(with = "Vec<String>")]
@@ -150,6 +152,7 @@ impl RunConfig {
             metrics_file: over.metrics_file.or(self.metrics_file),
             metrics_interval: over.metrics_interval.or(self.metrics_interval),
             api_socket: over.api_socket.or(self.api_socket),
+            sandbox: over.sandbox.or(self.sandbox),
             command: if over.command.is_empty() { self.command } else { over.command },
         }
     }

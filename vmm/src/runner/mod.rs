@@ -19,7 +19,8 @@ mod watchdog;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
-use std::path::PathBuf;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -28,13 +29,14 @@ pub use plan::{Console, Plan, PlanError, plan};
 
 use crate::api::SocketError;
 use crate::builder::BuildError;
-use crate::config::{ConfigError, RunConfig, ValidConfig, VmConfig};
+use crate::config::{ConfigError, RunConfig, SandboxMode, ValidConfig, VmConfig};
 use crate::console::restore_terminal;
 use crate::guest::image::ImageError;
 use crate::metrics::MetricsFileError;
 use crate::outcome::ExitReason;
 use crate::report::Report;
-use crate::vm::Ending;
+use crate::sandbox::SandboxError;
+use crate::vm::{Ending, Vm};
 
 /// Why a guest could not be run. The message names what to do where the user can do something.
 #[derive(Debug, thiserror::Error)]
@@ -72,6 +74,9 @@ pub enum RunError {
     /// There is no API socket.
     #[error(transparent)]
     Socket(#[from] SocketError),
+    /// The process cannot be confined.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
     /// The metrics cannot be written.
     #[error(transparent)]
     Metrics(#[from] MetricsFileError),
@@ -87,9 +92,6 @@ pub enum RunError {
 pub fn run(config: RunConfig) -> Result<u8, RunError> {
     let begin = Instant::now();
     let signals = signals::Signals::block().map_err(|e| RunError::System("block signals", e))?;
-    if let Some(limit) = config.timeout {
-        leave_after(limit.saturating_add(signals::GRACE))?;
-    }
     let plan = plan(&config)?;
     match plan.task.clone() {
         Some(task) => session::run(plan, task, signals, begin),
@@ -133,9 +135,36 @@ fn console(console: &Console) -> Result<Box<dyn Write + Send>, RunError> {
     }
 }
 
-fn write_report(plan: &Plan, report: &Report) -> Result<(), RunError> {
-    let Some(path) = &plan.report else { return Ok(()) };
-    report.write(path).map_err(|source| RunError::Report { path: path.clone(), source })
+/// The file of the report, open: a confined process could not open it later.
+struct ReportFile(Option<(PathBuf, File)>);
+
+impl ReportFile {
+    fn write(self, report: &Report) -> Result<(), RunError> {
+        let Some((path, file)) = self.0 else { return Ok(()) };
+        report.write(file).map_err(|source| RunError::Report { path, source })
+    }
+}
+
+/// What comes between a VM that is built and its first thread: what is to be opened is, and all that is not needed any
+/// more is given up.
+fn confine(vm: &mut Vm, plan: &Plan, begin: Instant) -> Result<ReportFile, RunError> {
+    // The server of shares has cleared the umask.
+    let create = |path: &Path| File::options().write(true).create(true).truncate(true).mode(0o644).open(path);
+    let open = |path: &PathBuf| match create(path) {
+        Ok(file) => Ok((path.clone(), file)),
+        Err(source) => Err(RunError::Report { path: path.clone(), source }),
+    };
+    let report = plan.report.as_ref().map(open).transpose()?;
+    if plan.machine.sandbox == SandboxMode::Off {
+        tracing::warn!(
+            "The sandbox is off: a guest that finds a flaw in daxvm can do all that you can. Leave out --sandbox=off"
+        );
+    }
+    vm.confine(&plan.outputs())?;
+    if let Some(timeout) = plan.machine.timeout {
+        leave_after(timeout.saturating_add(signals::GRACE).saturating_sub(begin.elapsed()))?;
+    }
+    Ok(ReportFile(report))
 }
 
 /// A panic of any thread ends the VM, with the terminal as it was found.

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use super::observers::Observers;
 use super::signals::Signals;
-use super::{Plan, RunError, console, end_on_panic, explain, machine, write_report};
+use super::{Plan, RunError, confine, console, end_on_panic, explain, machine};
 use crate::console::{make_terminal_raw, restore_terminal};
 use crate::vm::{ConsoleInput, Vm, Wiring};
 
@@ -15,6 +15,7 @@ pub(super) fn run(plan: Plan, signals: Signals, begin: Instant) -> Result<u8, Ru
     let observers = Observers::prepare(&plan)?;
     let wiring = Wiring { console: console(&plan.console)?, initramfs: None, ports: Vec::new() };
     let mut vm = Vm::build(machine(&plan, begin)?, wiring)?;
+    let report_file = confine(&mut vm, &plan, begin)?;
     let observers = observers.start(&plan, &vm)?;
     let system = |what| move |error| RunError::System(what, error);
     signals.handle(vm.ending(), None).map_err(system("start a thread"))?;
@@ -26,7 +27,7 @@ pub(super) fn run(plan: Plan, signals: Signals, begin: Instant) -> Result<u8, Ru
     restore_terminal();
     drop(observers);
     let report = result.map_err(system("run the guest"))?;
-    write_report(&plan, &report)?;
+    report_file.write(&report)?;
     explain::own_init(&report.reason, || vm.console_tail(explain::TAIL_LINES));
     Ok(report.status)
 }

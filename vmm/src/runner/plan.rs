@@ -15,11 +15,13 @@ use devices::virtio::fs::window::default_window_size;
 use super::kernel::{Kernel, KernelError};
 use super::stdio;
 use crate::config::{
-    ConfigError, DEFAULT_MEMORY, DaxConfig, Host, RootConfig, RunConfig, ShareConfig, ValidConfig, VmConfig,
+    ConfigError, DEFAULT_MEMORY, DaxConfig, Host, RootConfig, RunConfig, SandboxMode, ShareConfig,
+    ValidConfig, VmConfig,
 };
 use crate::guest::protocol::{Command, Mount, Root, RootMode, Stdio, Task};
 use crate::initramfs::{Module, ModuleError, ModuleTree};
 use crate::metrics;
+use crate::sandbox::Outputs;
 
 /// The tag of the root file system's share; those of `--rw` have a number behind it.
 const ROOT_TAG: &str = "daxvm-root";
@@ -122,6 +124,16 @@ pub struct Plan {
     pub api_socket: Option<PathBuf>,
 }
 
+impl Plan {
+    /// What is made and removed when the guest runs; all else is open by then.
+    pub fn outputs(&self) -> Outputs {
+        Outputs {
+            replaced: self.metrics.iter().map(|(file, _)| file.clone()).collect(),
+            removed: self.api_socket.iter().cloned().collect(),
+        }
+    }
+}
+
 /// Where the output of the kernel's console goes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Console {
@@ -154,6 +166,7 @@ pub fn plan(config: &RunConfig) -> Result<Plan, PlanError> {
         rng: config.rng.unwrap_or(true),
         large_windows: config.large_windows.unwrap_or(false),
         timeout: config.timeout,
+        sandbox: config.sandbox.unwrap_or(SandboxMode::On),
     };
     let has_command = !config.command.is_empty();
     let (mut modules_dir, mut modules, mut task) = (None, Vec::new(), None);

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::observers::Observers;
 use super::signals::Signals;
-use super::{Plan, RunError, console, end_on_panic, explain, machine, terminal, watchdog, write_report};
+use super::{Plan, RunError, confine, console, end_on_panic, explain, machine, terminal, watchdog};
 use crate::console::{make_terminal_raw, restore_terminal};
 use crate::guest::image;
 use crate::guest::protocol::{
@@ -81,6 +81,7 @@ pub(super) fn run(plan: Plan, task: Task, signals: Signals, begin: Instant) -> R
 
     let wiring = Wiring { console: console(&plan.console)?, initramfs: Some(initramfs), ports };
     let mut vm = Vm::build(machine(&plan, begin)?, wiring)?;
+    let report_file = confine(&mut vm, &plan, begin)?;
     let observers = observers.start(&plan, &vm)?;
     let ending = vm.ending();
     end_on_panic(ending.clone());
@@ -104,7 +105,7 @@ pub(super) fn run(plan: Plan, task: Task, signals: Signals, begin: Instant) -> R
     drop(observers);
     let mut report = result.map_err(system("run the guest"))?;
     complete(&mut report, &progress, begin);
-    write_report(&plan, &report)?;
+    report_file.write(&report)?;
     let context = explain::Context { plan: &plan, command: &task.command, is_ready: progress.is_ready() };
     explain::command(&report.reason, &context, || vm.console_tail(explain::TAIL_LINES));
     Ok(report.status)

@@ -13,6 +13,7 @@ use super::counters::{Counts, DiskCountersHandle};
 use super::image::{DiskError, Image, SECTOR};
 use super::request::{Handler, MAX_RANGE_SECTORS, MAX_RANGES};
 use crate::virtio::device::{ActivateError, Activation, VirtioDevice, read_config_space};
+use crate::virtio::thread::ThreadKind;
 use crate::virtio::worker::{ChainHandler, QueueWorker};
 
 const QUEUE_SIZE: u16 = 256;
@@ -130,7 +131,14 @@ impl VirtioDevice for BlockDevice {
         for queue in queues {
             let handler = self.handler(features);
             let name = format!("blk{}-{}", queue.index, self.id);
-            let worker = QueueWorker::spawn(&name, queue, memory.clone(), Arc::clone(&needs_reset), handler);
+            let worker = QueueWorker::spawn(
+                ThreadKind::Data,
+                &name,
+                queue,
+                memory.clone(),
+                Arc::clone(&needs_reset),
+                handler,
+            );
             match worker {
                 Ok(worker) => self.workers.push(worker),
                 Err(source) => {

@@ -14,7 +14,7 @@ use super::port::{Port, PortState, PortsHandle};
 use crate::virtio::device::{
     ActivateError, Activation, ActiveQueue, DeviceMemory, VirtioDevice, read_config_space,
 };
-use crate::virtio::thread::DeviceThread;
+use crate::virtio::thread::{DeviceThread, ThreadKind};
 
 /// The most ports that a device can have.
 pub const MAX_PORTS: usize = 31;
@@ -126,9 +126,12 @@ impl ConsoleDevice {
         }
         if let Ok([to_driver, from_driver]) = <[ActiveQueue; 2]>::try_from(control) {
             let control = Control::new(self.ports.clone(), Arc::clone(&self.input_ended));
-            self.threads.push(DeviceThread::spawn("console-control", needs_reset, move |stop| {
-                control.run(to_driver, from_driver, &memory, stop)
-            })?);
+            self.threads.push(DeviceThread::spawn(
+                ThreadKind::Data,
+                "console-control",
+                needs_reset,
+                move |stop| control.run(to_driver, from_driver, &memory, stop),
+            )?);
         }
         Ok(())
     }
@@ -148,7 +151,7 @@ impl ConsoleDevice {
             ports.ports[port].begin_output(queue.doorbell.try_clone()?);
             let output = Output::new(ports.clone(), port, files.output.clone());
             let run = move |stop: &_| output.run(queue, &memory, stop);
-            return match DeviceThread::spawn_interruptible(&name("out"), needs_reset, run) {
+            return match DeviceThread::spawn_interruptible(ThreadKind::Data, &name("out"), needs_reset, run) {
                 Ok(thread) => Ok(Some(thread)),
                 Err(error) => {
                     ports.ports[port].end_output();
@@ -159,7 +162,7 @@ impl ConsoleDevice {
         let Some(file) = &files.input else { return Ok(None) };
         let input = Input::new(ports, port, Arc::clone(file), Arc::clone(&self.input_ended));
         let run = move |stop: &_| input.run(queue, &memory, stop);
-        DeviceThread::spawn_interruptible(&name("in"), needs_reset, run).map(Some)
+        DeviceThread::spawn_interruptible(ThreadKind::Data, &name("in"), needs_reset, run).map(Some)
     }
 }
 

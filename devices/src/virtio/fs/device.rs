@@ -2,8 +2,9 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use virtio_queue::DescriptorChain;
@@ -17,6 +18,7 @@ use super::window::{DaxWindow, WindowSizeError, check_window_size};
 use crate::virtio::device::{
     ActivateError, Activation, HostMemory, SharedMemory, VirtioDevice, read_config_space,
 };
+use crate::virtio::thread::ThreadKind;
 use crate::virtio::worker::{ChainError, ChainHandler, QueueWorker};
 
 /// VIRTIO_ID_FS.
@@ -135,6 +137,16 @@ impl FileSystemDevice {
     /// # Errors
     /// [`FileSystemError`], which names what to change.
     pub fn new(config: FileSystemConfig) -> Result<FileSystemDevice, FileSystemError> {
+        let root = open_directory(&config.path)?;
+        FileSystemDevice::with_root(config, root)
+    }
+
+    /// The same for a directory that has been opened (O_PATH will do) and may be the root of a tree that is mounted
+    /// nowhere; `config.path` is where it comes from.
+    ///
+    /// # Errors
+    /// [`FileSystemError`], which names what to change.
+    pub fn with_root(config: FileSystemConfig, root: File) -> Result<FileSystemDevice, FileSystemError> {
         let FileSystemConfig {
             tag,
             path,
@@ -157,10 +169,9 @@ impl FileSystemDevice {
                 Some(Arc::new(window.map_err(|source| FileSystemError::Window { size, source })?))
             }
         };
-        let root = match open_directory(&path) {
-            Ok(root) => root,
-            Err(source) => return Err(FileSystemError::Path { path, source }),
-        };
+        if let Some(window) = window.as_ref().filter(|_| is_own_tree(&root)) {
+            window.begin_paths_at(&path);
+        }
         let counts = Arc::new(Counts::new(policy.clone(), window_size));
         let tag = Arc::<str>::from(tag);
         let server = ServerConfig {
@@ -224,7 +235,14 @@ impl VirtioDevice for FileSystemDevice {
         for queue in queues {
             let handler = Handler { server: Arc::clone(&self.server), is_prepared: false };
             let name = format!("fs{}-{}", queue.index, self.tag);
-            let worker = QueueWorker::spawn(&name, queue, memory.clone(), Arc::clone(&needs_reset), handler);
+            let worker = QueueWorker::spawn(
+                ThreadKind::FileSystem,
+                &name,
+                queue,
+                memory.clone(),
+                Arc::clone(&needs_reset),
+                handler,
+            );
             match worker {
                 Ok(worker) => self.workers.push(worker),
                 Err(source) => {
@@ -270,9 +288,19 @@ impl ChainHandler for Handler {
     }
 }
 
+/// Whether the host shows paths below a directory as beginning there, as it does for trees that are mounted nowhere.
+fn is_own_tree(root: &File) -> bool {
+    let link = std::fs::read_link(format!("/proc/self/fd/{}", root.as_raw_fd()));
+    link.is_ok_and(|path| path == Path::new("/"))
+}
+
 /// Opens the directory to share, without the right to anything but to start from it.
-fn open_directory(path: &PathBuf) -> io::Result<File> {
-    OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY).open(path)
+///
+/// # Errors
+/// [`FileSystemError::Path`].
+pub fn open_directory(path: &Path) -> Result<File, FileSystemError> {
+    let opened = OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY).open(path);
+    opened.map_err(|source| FileSystemError::Path { path: path.to_owned(), source })
 }
 
 /// Takes this thread out of the process's supplementary groups. They would count when a file is created in the name of

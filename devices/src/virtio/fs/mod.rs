@@ -35,6 +35,7 @@ pub use self::counters::{CountersHandle, FileSystemCounters};
 pub use self::decisions::DecisionCount;
 pub use self::device::{
     FileSystemConfig, FileSystemDevice, FileSystemError, MAX_REQUEST_QUEUES, TagError, check_tag,
+    open_directory,
 };
 pub use self::latency::{Latency, LatencyBucket};
 pub use self::thrash::ThrashCounters;

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use fuse_backend_rs::abi::fuse_abi::EntryOut;
 use fuse_backend_rs::api::filesystem::{Context, Entry, GetxattrReply};
 
-use rustix::fs::OFlags;
+use rustix::fs::{AtFlags, OFlags};
 
 use super::Server;
 use super::message::{Request, errno};
@@ -247,11 +247,13 @@ impl Server {
         const GONE: &[u8] = b" (deleted)";
         let root = std::fs::read_link(format!("/proc/self/fd/{}", self.root.as_raw_fd()));
         let (Ok(root), Ok(path)) = (root, self.fs.readlinkat_proc_file(node)) else { return Vec::new() };
+        let Ok(path) = path.strip_prefix(root) else { return Vec::new() };
         // A name may end so, too.
-        if path.as_os_str().as_bytes().ends_with(GONE) && std::fs::symlink_metadata(&path).is_err() {
+        let is_there = || rustix::fs::statat(&self.root, path, AtFlags::SYMLINK_NOFOLLOW).is_ok();
+        if path.as_os_str().as_bytes().ends_with(GONE) && !is_there() {
             return Vec::new();
         }
-        path.strip_prefix(root).map(|path| path.as_os_str().as_bytes().to_vec()).unwrap_or_default()
+        path.as_os_str().as_bytes().to_vec()
     }
 }
 

@@ -12,7 +12,6 @@ use fuse_backend_rs::api::filesystem::SetattrValid;
 
 use super::init::MAX_WRITE;
 use super::message::{Reply, Request, errno};
-use super::open::host_flags;
 use super::{NOBODY, Server};
 use crate::virtio::fs::inodes::host_node;
 
@@ -60,7 +59,7 @@ impl Server {
         let ReadIn { fh, offset, size, flags, .. } = request.arg()?;
         let mut body = reply.body()?;
         let (context, nodeid, size) = (self.context(request), request.header.nodeid, size.min(MAX_WRITE));
-        let read = self.fs.read(&context, nodeid, fh, &mut body, size, offset, host_flags(flags))?;
+        let read = self.fs.read(&context, nodeid, fh, &mut body, size, offset, self.host_flags(flags))?;
         reply.finish(read)
     }
 
@@ -71,7 +70,7 @@ impl Server {
         }
         let (context, nodeid) = (self.context(request), request.header.nodeid);
         let delayed = fuse_flags & WRITE_CACHE != 0;
-        let flags = host_flags(flags);
+        let flags = self.host_flags(flags);
         let data = &mut request.data();
         let written = self.fs.write(&context, nodeid, fh, data, size, offset, delayed, flags, fuse_flags)?;
         self.tell_growth(&context, nodeid);

@@ -20,7 +20,7 @@ impl Server {
         self.check_open(flags)?;
         let (context, nodeid) = (self.context(request), request.header.nodeid);
         let opening = self.admit(&context, request, flags)?;
-        let host_flags = host_flags(flags) | flags & libc::O_TRUNC as u32;
+        let host_flags = self.host_flags(flags) | flags & libc::O_TRUNC as u32;
         let open = || self.fs.open(&context, nodeid, host_flags, fuse_flags);
         let opened = match flags as i32 & libc::O_TRUNC != 0 {
             true => self.resize(&context, nodeid, open),
@@ -42,7 +42,7 @@ impl Server {
         self.check_open(ask.flags)?;
         let flags = ask.flags;
         // The library passes them to openat(2), where O_PATH, for one, would follow a symbolic link out of the share.
-        ask.flags = host_flags(flags) | flags & (libc::O_TRUNC | libc::O_EXCL) as u32;
+        ask.flags = self.host_flags(flags) | flags & (libc::O_TRUNC | libc::O_EXCL) as u32;
         let (context, parent) = (self.context(request), request.header.nodeid);
         let inherits = self.passes_hint_on(&context, parent);
         let exclusive = CreateIn { flags: ask.flags | libc::O_EXCL as u32, ..ask };
@@ -71,7 +71,7 @@ impl Server {
         let mut ask: CreateIn = request.arg()?;
         self.check_open(ask.flags)?;
         let flags = ask.flags;
-        ask.flags = host_flags(flags) | flags & libc::O_EXCL as u32;
+        ask.flags = self.host_flags(flags) | flags & libc::O_EXCL as u32;
         let (context, parent) = (self.context(request), request.header.nodeid);
         let directory = self.open_node(&context, parent, false)?;
         let inherits = self.passes_hint_on(&context, parent);
@@ -145,12 +145,14 @@ impl Server {
             tracing::debug!(node, %error, "cannot pass a directory's DAX hint on");
         }
     }
-}
 
-/// The flags of the host's descriptor for a file that the guest opens with `flags`. Only flags that mean something
-/// to the host pass: O_DIRECT is between the guest and its own cache, others could make openat(2) open something else.
-/// READ and WRITE repeat them, and must come to the same, or the library would set them anew each time.
-pub(super) fn host_flags(flags: u32) -> u32 {
-    const KEPT: i32 = libc::O_ACCMODE | libc::O_APPEND | libc::O_SYNC | libc::O_DSYNC | libc::O_NOATIME;
-    flags & KEPT as u32 | (libc::O_CLOEXEC | libc::O_NOFOLLOW) as u32
+    /// The flags of the host's descriptor for a file that the guest opens with `flags`. Only flags that mean something
+    /// to the host pass: O_DIRECT is between the guest and its own cache, others could make openat(2) open something else.
+    /// READ and WRITE repeat them, and must come to the same, or the library would set them anew each time.
+    pub(super) fn host_flags(&self, flags: u32) -> u32 {
+        const KEPT: i32 = libc::O_ACCMODE | libc::O_APPEND | libc::O_SYNC | libc::O_DSYNC;
+        // The host grants it to the owner of a file and to root. The client's overlayfs asks for it of all its layers.
+        let kept = if self.is_privileged() { KEPT | libc::O_NOATIME } else { KEPT };
+        flags & kept as u32 | (libc::O_CLOEXEC | libc::O_NOFOLLOW) as u32
+    }
 }

@@ -3,8 +3,9 @@
 use std::collections::HashSet;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use super::files::{FileKey, MappedFile};
 
@@ -21,6 +22,8 @@ pub(super) struct LostFiles {
     unwatched: AtomicU64,
     has_said_unwatched: AtomicBool,
     has_said_full: AtomicBool,
+    /// Where the share is, when it is a tree of its own, in which paths begin at its root.
+    origin: OnceLock<PathBuf>,
 }
 
 #[derive(Default)]
@@ -31,6 +34,21 @@ struct Known {
 }
 
 impl LostFiles {
+    /// Has files named by their place below `origin`: they are in a tree of its own, which is mounted nowhere.
+    pub(super) fn begin_at(&self, origin: &Path) {
+        let _ = self.origin.set(origin.to_owned());
+    }
+
+    /// Where the host has a file now; ` (deleted)` follows if it has no name any more.
+    fn path_of(&self, file: &MappedFile) -> String {
+        let link = std::fs::read_link(format!("/proc/self/fd/{}", file.file.as_raw_fd()));
+        let whole = |path: PathBuf| match self.origin.get() {
+            Some(origin) => origin.join(path.strip_prefix("/").unwrap_or(&path)),
+            None => path,
+        };
+        link.map_or_else(|_| "unknown".into(), |path| whole(path).to_string_lossy().into_owned())
+    }
+
     /// Says that a file has become shorter, unless that was said.
     pub(super) fn note_short(&self, file: &MappedFile) {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
@@ -38,7 +56,7 @@ impl LostFiles {
             return;
         }
         self.short.fetch_add(1, Relaxed);
-        let path = path_of(file);
+        let path = self.path_of(file);
         tracing::warn!(
             path,
             "A shared file has become shorter on the host while the guest has it mapped: the guest sees zeros behind its \
@@ -53,7 +71,7 @@ impl LostFiles {
         if known.failed.len() >= MOST_FILES || !known.failed.insert(file.key) {
             return;
         }
-        let path = path_of(file);
+        let path = self.path_of(file);
         tracing::error!(
             path,
             write,
@@ -109,10 +127,4 @@ impl Known {
             self.paths.push(path);
         }
     }
-}
-
-/// Where the host has a file now; ` (deleted)` follows if it has no name any more.
-fn path_of(file: &MappedFile) -> String {
-    let link = std::fs::read_link(format!("/proc/self/fd/{}", file.file.as_raw_fd()));
-    link.map_or_else(|_| "unknown".into(), |path| path.to_string_lossy().into_owned())
 }

@@ -24,6 +24,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
@@ -200,6 +201,11 @@ impl DaxWindow {
             watcher.add_window(Arc::downgrade(&shared));
         }
         Ok(DaxWindow(shared))
+    }
+
+    /// Has messages name files by their place below `origin`, where the share's tree has been copied from.
+    pub fn begin_paths_at(&self, origin: &Path) {
+        self.0.lost.begin_at(origin);
     }
 
     /// Has no file changed through the window, not even where the guest gets to write to what it has mapped to read.

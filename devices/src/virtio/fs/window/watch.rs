@@ -1,8 +1,8 @@
 //! Watches the files that windows show, since nobody tells a process that pages which it has mapped are gone.
 //!
 //! inotify reports a change of size (and every write by other means than a mapping) as IN_MODIFY; a watch belongs to the
-//! inode, whatever becomes of its names. One thread and one inotify instance serve all windows of the process (a user has
-//! 128 of them as a rule), from the first window to the end.
+//! inode, whatever becomes of its names. One inotify instance serves all windows of the process (a user has 128 of them as
+//! a rule), and one thread, from the first mapped file to the end.
 //!
 //! The thread asks the window to look at the file, and rests a little before it asks again: a file that is written to all
 //! the time costs as many looks as there are rests, not as there are writes.
@@ -21,6 +21,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::files::FileKey;
 use super::guard;
 use super::state::Shared;
+use crate::virtio::thread::{self, ThreadKind};
 
 /// How long the thread rests after it has looked at what was reported.
 const REST: Duration = Duration::from_millis(2);
@@ -42,10 +43,9 @@ pub(super) struct Watcher {
 }
 
 impl Watcher {
-    /// The process's watcher, started by the first call. `None` if the host does not allow one, which is said once.
+    /// The process's watcher. `None` if the host does not allow one, which is said once.
     pub(super) fn get() -> Option<&'static Watcher> {
         static WATCHER: OnceLock<Option<Watcher>> = OnceLock::new();
-        static THREAD: OnceLock<()> = OnceLock::new();
         let watcher = WATCHER.get_or_init(|| match Watcher::new() {
             Ok(watcher) => Some(watcher),
             Err(error) => {
@@ -56,15 +56,19 @@ impl Watcher {
                 None
             }
         });
-        let watcher = watcher.as_ref()?;
+        watcher.as_ref()
+    }
+
+    /// Starts the thread, once. Before a file is mapped there is nothing to look at, and whoever confines the process
+    /// wants no threads that are not.
+    fn start(&'static self) {
+        static THREAD: OnceLock<()> = OnceLock::new();
         THREAD.get_or_init(|| {
-            guard::tell(watcher.replaced.as_raw_fd());
-            let thread = std::thread::Builder::new().name("dax-watch".into());
-            if let Err(error) = thread.spawn(|| watcher.run()) {
+            guard::tell(self.replaced.as_raw_fd());
+            if let Err(error) = thread::start(ThreadKind::Watcher, "dax-watch", || self.run()) {
                 tracing::warn!(%error, "Cannot watch shared files: no thread");
             }
         });
-        Some(watcher)
     }
 
     fn new() -> io::Result<Watcher> {
@@ -87,7 +91,13 @@ impl Watcher {
     ///
     /// # Errors
     /// ENOSPC, when the user has all the watches that fs.inotify.max_user_watches allows.
-    pub(super) fn watch(&self, fd: BorrowedFd<'_>, window: Weak<Shared>, key: FileKey) -> io::Result<i32> {
+    pub(super) fn watch(
+        &'static self,
+        fd: BorrowedFd<'_>,
+        window: Weak<Shared>,
+        key: FileKey,
+    ) -> io::Result<i32> {
+        self.start();
         let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
         let mut targets = lock(&self.targets);
         let watch = inotify::add_watch(&self.inotify, path, WatchFlags::MODIFY)?;
