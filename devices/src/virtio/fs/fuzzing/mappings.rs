@@ -59,8 +59,9 @@ fn setup(guest: &mut FakeGuest, nodes: &[u64; 4], model: &mut [Shown], source: &
     let outcome = guest.call(opcode::SETUPMAPPING, nodes[file], &[ask.as_slice()]);
     let chunks = chunks(moffset, len);
     // The client asks for a part of a chunk at the end of a file, never.
-    let is_good =
-        chunks.is_some() && foffset % CHUNK_SIZE == 0 && foffset.checked_add(len).is_some_and(is_offset);
+    let is_good = chunks.is_some()
+        && foffset.is_multiple_of(CHUNK_SIZE)
+        && foffset.checked_add(len).is_some_and(is_offset);
     let is_legal = is_good && flags != 0 && flags & !(READ | WRITE) == 0;
     assert_eq!(outcome.is_ok(), is_legal, "{ask:x?} {outcome:?}");
     if let (true, Some(chunks)) = (is_legal, chunks) {
@@ -73,7 +74,7 @@ fn setup(guest: &mut FakeGuest, nodes: &[u64; 4], model: &mut [Shown], source: &
 
 fn remove(guest: &mut FakeGuest, model: &mut [Shown], source: &mut Unstructured<'_>) {
     let entries: Vec<_> = (0..take::<u8>(source) % 4).map(|_| (place(source), place(source))).collect();
-    let lie = if take::<u8>(source) % 16 == 0 { take(source) } else { entries.len() as u32 };
+    let lie = if take::<u8>(source).is_multiple_of(16) { take(source) } else { entries.len() as u32 };
     let outcome = guest.removemapping(lie, &entries);
     if lie as usize != entries.len() {
         return assert_eq!(outcome, Err(libc::EINVAL));
@@ -119,9 +120,9 @@ fn is_offset(offset: u64) -> bool {
 /// The chunks of a range, if it is one of the window's.
 fn chunks(moffset: u64, len: u64) -> Option<std::ops::Range<usize>> {
     let end = moffset.checked_add(len)?;
-    let is_whole = moffset % CHUNK_SIZE == 0 && len % CHUNK_SIZE == 0;
+    let is_whole = moffset.is_multiple_of(CHUNK_SIZE) && len.is_multiple_of(CHUNK_SIZE);
     (is_whole && len > 0 && end <= MIN_WINDOW_SIZE)
-        .then(|| (moffset / CHUNK_SIZE) as usize..(end / CHUNK_SIZE) as usize)
+        .then_some((moffset / CHUNK_SIZE) as usize..(end / CHUNK_SIZE) as usize)
 }
 
 fn check(guest: &FakeGuest, model: &[Shown]) {

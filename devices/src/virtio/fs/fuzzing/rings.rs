@@ -109,10 +109,14 @@ fn queue(memory: &GuestMemoryMmap, source: &mut Unstructured<'_>) -> Option<Acti
         write_descriptor(memory, 0x4000 + 16 * index, source);
     }
     let count = take::<u8>(source);
-    let available = if count % 8 == 0 { take(source) } else { u16::from(count) % (size as u16 + 1) };
+    let available = if count.is_multiple_of(8) { take(source) } else { u16::from(count) % (size as u16 + 1) };
     write(memory, avail.wrapping_add(2), &available.to_le_bytes());
     for index in 0..size {
-        let head = if take::<u8>(source) % 16 == 0 { take(source) } else { (index as u16 * 3) % size as u16 };
+        let head = if take::<u8>(source).is_multiple_of(16) {
+            take(source)
+        } else {
+            (index as u16 * 3) % size as u16
+        };
         write(memory, avail.wrapping_add(4 + 2 * index), &u16::to_le_bytes(head));
     }
     let doorbell = EventFd::new(libc::EFD_NONBLOCK).unwrap();
@@ -133,8 +137,10 @@ fn write_descriptor(memory: &GuestMemoryMmap, at: u64, source: &mut Unstructured
         _ => choose(source, &[1, 16, 40, 44, 100, 512, 4096, 0x8000]),
     };
     // NEXT, WRITE, INDIRECT.
-    let flags = if take::<u8>(source) % 8 == 0 { take(source) } else { u16::from(take::<u8>(source) % 8) };
-    let next = if take::<u8>(source) % 16 == 0 { take(source) } else { u16::from(take::<u8>(source) % 64) };
+    let flags =
+        if take::<u8>(source).is_multiple_of(8) { take(source) } else { u16::from(take::<u8>(source) % 8) };
+    let next =
+        if take::<u8>(source).is_multiple_of(16) { take(source) } else { u16::from(take::<u8>(source) % 64) };
     let raw = RawDescriptor::from(Descriptor::new(address, len, flags, next));
     let _ = memory.write_obj(raw, GuestAddress(at));
 }
