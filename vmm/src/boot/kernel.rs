@@ -127,11 +127,8 @@ impl KernelImage {
         needed: u64,
         low_ram: u64,
     ) -> Result<LoadedKernel, BootError> {
-        let failed = |source| BootError::Unpack {
-            path: self.path.clone(),
-            needed: needed.next_multiple_of(1 << 20) >> 20,
-            source,
-        };
+        let failed =
+            |source| BootError::Unpack { path: self.path.clone(), needed: needed.div_ceil(1 << 20), source };
         let mut image = Vec::new();
         self.file.rewind().and_then(|()| self.file.read_to_end(&mut image)).map_err(failed)?;
         let kernel = payload::unpack(&image, &header).map_err(failed)?;
@@ -191,7 +188,7 @@ impl KernelImage {
     }
 
     fn too_big(&self, end: u64, low_ram: u64) -> BootError {
-        let needed = end.next_multiple_of(1 << 20) >> 20;
+        let needed = end.div_ceil(1 << 20);
         BootError::TooLittleMemory { what: "the kernel", needed, given: low_ram >> 20 }
     }
 }

@@ -186,7 +186,7 @@ fn place_initramfs(size: u64, free: &Range<u64>) -> Result<u64, BootError> {
     let start = free.end.checked_sub(size).map(|start| start & !0xfff).filter(|start| *start >= free.start);
     start.ok_or(BootError::TooLittleMemory {
         what: "kernel and initramfs",
-        needed: (free.start + size).next_multiple_of(1 << 20) >> 20,
+        needed: free.start.saturating_add(size).div_ceil(1 << 20),
         given: free.end >> 20,
     })
 }

@@ -59,8 +59,9 @@ fn setup(guest: &mut FakeGuest, nodes: &[u64; 4], model: &mut [Shown], source: &
     let outcome = guest.call(opcode::SETUPMAPPING, nodes[file], &[ask.as_slice()]);
     let chunks = chunks(moffset, len);
     // The client asks for a part of a chunk at the end of a file, never.
-    let is_good =
-        chunks.is_some() && foffset % CHUNK_SIZE == 0 && foffset.checked_add(len).is_some_and(is_offset);
+    let is_good = chunks.is_some()
+        && foffset.is_multiple_of(CHUNK_SIZE)
+        && foffset.checked_add(len).is_some_and(is_offset);
     let is_legal = is_good && flags != 0 && flags & !(READ | WRITE) == 0;
     assert_eq!(outcome.is_ok(), is_legal, "{ask:x?} {outcome:?}");
     if let (true, Some(chunks)) = (is_legal, chunks) {
