@@ -60,7 +60,6 @@ pub(super) struct TooSmall {
 
 /// What a share knows of the use of its window.
 pub(super) struct Thrash {
-    opened: Instant,
     chunks: u64,
     books: Mutex<Books>,
     /// Written under the lock, read without it.
@@ -122,7 +121,6 @@ impl Thrash {
             calm: CALM.0,
         };
         Thrash {
-            opened: Instant::now(),
             chunks,
             books: Mutex::new(books),
             level: AtomicU8::new(0),
@@ -212,8 +210,9 @@ impl Thrash {
         }
         let mut books = self.lock();
         let level = self.level.load(Relaxed);
-        let since = books.thrashed.max(books.fell).unwrap_or(self.opened);
-        if level > 0 && at.saturating_duration_since(since) >= books.calm {
+        let since = books.thrashed.max(books.fell);
+        let is_calm = since.is_some_and(|since| at.saturating_duration_since(since) >= books.calm);
+        if level > 0 && is_calm {
             books.fell = Some(at);
             self.level.store(level - 1, Relaxed);
             return level - 1;
@@ -302,8 +301,7 @@ mod tests {
     impl Guest {
         fn new() -> Guest {
             let thrash = Thrash::new(CHUNKS * CHUNK_SIZE);
-            let now = thrash.opened;
-            Guest { thrash, window: Vec::new(), now, told: Vec::new() }
+            Guest { thrash, window: Vec::new(), now: Instant::now(), told: Vec::new() }
         }
 
         /// Touches a chunk of a file; a millisecond goes by.

@@ -80,12 +80,7 @@ impl<'m> Buffers<'m> {
         count: usize,
         offset: u64,
     ) -> io::Result<usize> {
-        let moved = match &self.vectors(count)[..] {
-            [] => 0,
-            vectors => file.write_vectored_at_volatile(vectors, offset)?,
-        };
-        self.use_up(moved);
-        Ok(moved)
+        self.transfer(count, |vectors| file.write_vectored_at_volatile(vectors, offset))
     }
 
     /// Fills the next `count` bytes, or as many as there are, from a file from `offset` on; else the same.
@@ -98,9 +93,17 @@ impl<'m> Buffers<'m> {
         count: usize,
         offset: u64,
     ) -> io::Result<usize> {
+        self.transfer(count, |vectors| file.read_vectored_at_volatile(vectors, offset))
+    }
+
+    fn transfer(
+        &mut self,
+        count: usize,
+        system_call: impl FnOnce(&[FileVolatileSlice<'_>]) -> io::Result<usize>,
+    ) -> io::Result<usize> {
         let moved = match &self.vectors(count)[..] {
             [] => 0,
-            vectors => file.read_vectored_at_volatile(vectors, offset)?,
+            vectors => system_call(vectors)?,
         };
         self.use_up(moved);
         Ok(moved)
