@@ -124,6 +124,7 @@ fn in_its_own_session(program: &mut process::Command, directory: &Path, terminal
     let directory = CString::new(directory.as_os_str().as_bytes()).unwrap_or_default();
     let terminal = terminal.map(|terminal| terminal.slave.as_raw_fd());
     let prepare = move || {
+        default_signals();
         rustix::process::setsid()?;
         if let Some(terminal) = terminal {
             // SAFETY: the caller of `spawn` keeps the terminal, so the descriptor is open in the forked process too.
@@ -136,6 +137,14 @@ fn in_its_own_session(program: &mut process::Command, directory: &Path, terminal
     };
     // SAFETY: between fork and exec it only makes system calls, with memory that was allocated before.
     unsafe { program.pre_exec(prepare) };
+}
+
+/// Signals do what they do by default, whoever started this process: a shell that finds SIGINT ignored cannot trap it.
+fn default_signals() {
+    for signal in 1..=libc::SIGRTMAX() {
+        // SAFETY: no handler is installed. Of SIGKILL, SIGSTOP and the C library's own it is refused, as it should be.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
 }
 
 /// A pipe as (ours, theirs); `theirs_reads` tells which end is whose. Ours does not block.

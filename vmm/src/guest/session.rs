@@ -372,6 +372,13 @@ mod tests {
     }
 
     #[test]
+    fn signals_that_are_ignored_here_are_not_in_the_command() {
+        // SAFETY: no handler is installed, and nothing else in these tests uses this signal.
+        unsafe { libc::signal(libc::SIGUSR2, libc::SIG_IGN) };
+        assert_eq!(output(shell("kill -USR2 $$", PIPES)).1, FromGuest::Signaled { signal: libc::SIGUSR2 });
+    }
+
+    #[test]
     fn what_cannot_be_run_is_told_as_a_shell_does() {
         let dir = tempfile::tempdir().unwrap();
         let script = dir.path().join("script");
