@@ -52,6 +52,8 @@ mod runner_terminal;
 mod sandbox;
 #[path = "guest/seen.rs"]
 mod seen;
+#[path = "guest/terminal.rs"]
+mod terminal;
 #[path = "guest/tree.rs"]
 mod tree;
 

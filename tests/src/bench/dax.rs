@@ -16,8 +16,10 @@ use crate::guest::{Pass, Random};
 use crate::vm::{Kernel, Share, Vm, scratch};
 
 /// Who is measured, and under what name. The first of them is what a change to the window is compared with.
-const SUBJECTS: [(&str, Monitor); 6] = [
+const SUBJECTS: [(&str, Monitor); 7] = [
     ("always", Monitor::Daxvm("dax=always", Window::Large)),
+    // Mappings alone, as the peers' windows have them: each page is a fault.
+    ("always plain", Monitor::Daxvm("dax=always,prefault=never", Window::Large)),
     ("auto", Monitor::Daxvm("dax=auto", Window::Large)),
     ("never", Monitor::Daxvm("dax=never", Window::Large)),
     ("always small", Monitor::Daxvm("dax=always", Window::Small)),

@@ -32,7 +32,7 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-"$virtiofsd" --socket-path="$socket" -o source="$source",cache="$cache",sandbox=chroot,no_announce_submounts &
+"$virtiofsd" --socket-path="$socket" -o source="$source",cache="$cache",sandbox=chroot &
 until [ -S "$socket" ]; do sleep 0.01; done
 echo $! >"$socket.pid"
 wait
@@ -57,17 +57,20 @@ impl VirtmeNg {
         let source = cache().join("virtme-ng");
         let files = outside_run()?;
         let root = files.join("bench-virtme-ng");
-        let kernel = kernel.strip_prefix(scratch()).map_or(kernel.to_owned(), |kernel| files.join(kernel));
+        let plain = root.join("kernel");
+        let _ = fs::remove_dir_all(&plain);
+        copy(kernel, &plain)?;
+        decompress_modules(&plain)?;
         let options: Vec<_> = qemu.firmware().map(|path| format!("-L {}", path.display())).collect();
         let virtme_ng = VirtmeNg {
             busybox: source.join("bin/busybox"),
-            kernel: kernel.join("vmlinuz"),
+            kernel: plain.join("vmlinuz"),
             libraries: qemu.libraries(),
             qemu: qemu.program(),
             qemu_options: options.join(" "),
             root,
         };
-        if !virtme_ng.root.exists() {
+        if !virtme_ng.bin("vng").exists() {
             virtme_ng.install(&source)?;
         }
         Ok(virtme_ng)
@@ -133,6 +136,16 @@ impl VirtmeNg {
         fs::create_dir_all(self.root.join("bin")).map_err(at(&path))?;
         fs::write(&path, format!("#!{}\n{text}", interpreter.display())).map_err(at(&path))?;
         fs::set_permissions(&path, PermissionsExt::from_mode(0o755)).map_err(at(&path))
+    }
+}
+
+/// Its initramfs loads modules with busybox, which cannot load compressed ones.
+fn decompress_modules(kernel: &Path) -> Result<(), BenchError> {
+    let mut command = Command::new("find");
+    command.arg(kernel).args(["-name", "*.ko.xz", "-exec", "xz", "-d", "{}", "+"]);
+    match command.status().map_err(|source| BenchError::System("run find", source))?.success() {
+        true => Ok(()),
+        false => Err(BenchError::Unexpected("xz cannot decompress the kernel's modules".into())),
     }
 }
 

@@ -16,12 +16,14 @@ use tests::vm::{Kernel, daxvm, scratch};
 
 use crate::harness::{Outcome, Places, end_current, ensure, ensure_eq, trial};
 use crate::runner_ends::processes;
+use crate::terminal::Terminal;
 
 /// The checks.
 pub fn trials(places: &Result<Places, String>, trials: &mut Vec<Trial>) {
     for (name, check) in [
         ("matrix/every-outcome", every_outcome as fn() -> Outcome),
         ("matrix/an-interrupt-leaves-reports-and-no-process", interrupt),
+        ("matrix/a-terminal-shows-what-runs", live),
     ] {
         trials.push(trial(name.to_owned(), places, move |_| {
             end_current();
@@ -99,13 +101,19 @@ impl Place {
     }
 
     /// `daxvm test` with all its reports.
-    fn start(&self) -> std::io::Result<Child> {
+    fn command(&self) -> Command {
         let mut command = Command::new(daxvm());
         command.arg("test").arg(self.path("m.toml")).args(["--jobs", "1", "--memory-budget", "1G"]);
         for option in ["junit", "report", "logs"] {
             command.arg(format!("--{option}")).arg(self.path(option));
         }
-        command.env("TMPDIR", self.path("tmp")).stdin(Stdio::null()).stdout(Stdio::null());
+        command.env("TMPDIR", self.path("tmp"));
+        command
+    }
+
+    fn start(&self) -> std::io::Result<Child> {
+        let mut command = self.command();
+        command.stdin(Stdio::null()).stdout(Stdio::null());
         command.stderr(fs::File::create(self.path("stderr"))?).spawn()
     }
 
@@ -276,4 +284,33 @@ fn interrupt() -> Outcome {
     let log = place.text("logs/6.12/waits.log")?;
     ensure!(log.contains("here\n") && log.contains("interrupted"), "the log:\n{log}");
     Ok(())
+}
+
+/// On a terminal, a line for each case that runs, the total below, and a line that stays for each that has ended.
+fn live() -> Outcome {
+    let commands = "[[command]]\nname = \"good\"\nrun = \"while [ ! -e out/go ]; do sleep 0.1; done\"\nrw = \"out\"\n\
+                    [[command]]\nname = \"bad\"\nrun = \"exit 3\"\n";
+    let place = Place::new(&["6.12"], commands)?;
+    let mut terminal = Terminal::open(24, 80)?;
+    let before = terminal.modes()?;
+    let mut command = place.command();
+    terminal.attach(&mut command)?;
+    command.env("TERM", "xterm");
+    let mut running = command.spawn()?;
+    terminal.wait_for("Running 2 cases on")?;
+    // What runs, while it runs, and how many have ended; time goes on.
+    terminal.wait_for("6.12/good")?;
+    terminal.wait_for("0/2 1s")?;
+    terminal.wait_for("0/2 3s")?;
+    fs::write(place.path("out/go"), "")?;
+    let shown = terminal.wait_for("] 6.12/good")?;
+    ensure!(shown.contains("PASS"), "the first case has not passed: {shown:?}");
+    let shown = terminal.wait_for("1/2")?;
+    ensure!(!shown.contains("FAIL"), "the second case ends before it runs: {shown:?}");
+    terminal.wait_for("6.12/bad: exit status 3")?;
+    let status = running.wait()?;
+    ensure_eq!(status.code(), Some(1), "the exit status: the number failed");
+    terminal.wait_for("1 failed")?;
+    ensure_eq!(terminal.modes()?, before, "the terminal afterwards");
+    place.ensure_gone()
 }

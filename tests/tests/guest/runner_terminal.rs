@@ -1,22 +1,15 @@
 //! `daxvm run -- CMD` on a terminal.
 
-use std::fs::File;
-use std::io::{Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::process::CommandExt;
 use std::process::Command;
-use std::sync::mpsc::{self, Receiver};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use rustix::fs::{Mode, OFlags};
 use rustix::process::Signal;
-use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
-use rustix::termios::{Winsize, tcgetattr, tcsetwinsize};
 use tests::vm::{CommandEnded, CommandRun, Kernel, RunningCommand};
 
 use crate::harness::{Outcome, ensure, ensure_eq};
 use crate::runner::{RunnerCheck, ensure_end};
+use crate::terminal::{Result, Terminal};
 
 /// The checks.
 pub fn checks() -> Vec<(&'static str, RunnerCheck)> {
@@ -27,85 +20,39 @@ pub fn checks() -> Vec<(&'static str, RunnerCheck)> {
     ]
 }
 
-/// How long the guest may take to say something.
-const PATIENCE: Duration = Duration::from_secs(180);
-
-/// A program on a pseudo-terminal, whose other end we hold.
+/// A program on a pseudo-terminal.
 struct OnTerminal {
     running: RunningCommand,
-    master: File,
-    slave: OwnedFd,
-    output: Receiver<Vec<u8>>,
-    seen: String,
+    terminal: Terminal,
 }
-
-type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 impl OnTerminal {
     fn start(run: &CommandRun, adjust: impl FnOnce(&mut Command)) -> Result<OnTerminal> {
-        let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
-        grantpt(&master)?;
-        unlockpt(&master)?;
-        let name = ptsname(&master, Vec::new())?;
-        let slave = rustix::fs::open(name, OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC, Mode::empty())?;
-        tcsetwinsize(&slave, size(40, 100))?;
+        let terminal = Terminal::open(40, 100)?;
+        let mut attached = Ok(());
         let running = run.start_with(|command| {
-            let stream = || slave.try_clone().map(std::process::Stdio::from);
-            if let (Ok(input), Ok(output), Ok(error)) = (stream(), stream(), stream()) {
-                command.stdin(input).stdout(output).stderr(error);
-            }
+            attached = terminal.attach(command);
             adjust(command);
-            // SAFETY: both calls are safe between fork and exec.
-            unsafe {
-                command.pre_exec(|| {
-                    rustix::process::setsid()?;
-                    rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
-                    Ok(())
-                })
-            };
         })?;
-        let master = File::from(master);
-        let mut reader = master.try_clone()?;
-        let (sender, output) = mpsc::channel();
-        thread::spawn(move || {
-            let mut buffer = [0; 4096];
-            // Fails when nobody has the other end any more.
-            while let Ok(read @ 1..) = reader.read(&mut buffer) {
-                if sender.send(buffer[..read].to_vec()).is_err() {
-                    break;
-                }
-            }
-        });
-        Ok(OnTerminal { running, master, slave, output, seen: String::new() })
+        attached?;
+        Ok(OnTerminal { running, terminal })
     }
 
-    /// Waits until the terminal has shown `text`, and forgets what was before.
     fn wait_for(&mut self, text: &str) -> Result<String> {
-        let end = Instant::now() + PATIENCE;
-        loop {
-            if let Some(at) = self.seen.find(text) {
-                let before = self.seen[..at].to_owned();
-                self.seen.drain(..at + text.len());
-                return Ok(before);
-            }
-            match self.output.recv_timeout(end.saturating_duration_since(Instant::now())) {
-                Ok(bytes) => self.seen.push_str(&String::from_utf8_lossy(&bytes)),
-                Err(error) => return Err(format!("no {text:?} ({error}) in {:?}", self.seen).into()),
-            }
-        }
+        self.terminal.wait_for(text)
     }
 
     fn type_in(&mut self, text: &str) -> std::io::Result<()> {
-        self.master.write_all(text.as_bytes())
+        self.terminal.type_in(text)
+    }
+
+    fn modes(&self) -> Result<String> {
+        self.terminal.modes()
     }
 
     fn wait(&mut self) -> Result<CommandEnded> {
         Ok(self.running.wait()?)
     }
-}
-
-fn size(rows: u16, columns: u16) -> Winsize {
-    Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 }
 }
 
 /// A terminal with a size that follows, line discipline, signals by keys, and job control.
@@ -117,7 +64,7 @@ fn terminal(kernel: &Kernel) -> Outcome {
     terminal.wait_for("all three\r\n")?;
     terminal.wait_for("/dev/pts/0\r\n")?;
     terminal.wait_for("ready\r\n")?;
-    tcsetwinsize(&terminal.master, size(50, 132))?;
+    terminal.terminal.resize(50, 132)?;
     terminal.wait_for("50 132\r\n")?;
     terminal.type_in("\x03")?;
     terminal.wait_for("caught\r\n")?;
@@ -168,7 +115,7 @@ fn apart(kernel: &Kernel) -> Outcome {
 
 /// The terminal is as it was after every end.
 fn given_back(kernel: &Kernel) -> Outcome {
-    type End = fn(&mut OnTerminal) -> std::result::Result<(), Box<dyn std::error::Error>>;
+    type End = fn(&mut OnTerminal) -> Result<()>;
     let ends: [(&str, i32, &str, End); 4] = [
         ("by itself", 0, "exited", |terminal| Ok(terminal.type_in("end\r")?)),
         ("Ctrl-A x", 130, "stopped", |terminal| Ok(terminal.type_in("\x01x")?)),
@@ -177,14 +124,14 @@ fn given_back(kernel: &Kernel) -> Outcome {
     ];
     for (what, status, reason, end) in ends {
         let mut terminal = OnTerminal::start(&CommandRun::shell(kernel, "echo ready; read line"), |_| {})?;
-        let before = format!("{:?}", tcgetattr(terminal.slave.as_fd())?);
+        let before = terminal.modes()?;
         terminal.wait_for("ready\r\n")?;
-        let raw = format!("{:?}", tcgetattr(terminal.slave.as_fd())?);
+        let raw = terminal.modes()?;
         ensure!(raw != before, "the terminal is not in raw mode while the command runs");
         end(&mut terminal)?;
         let ended = terminal.wait()?;
         ensure_end(&ended, status, reason).map_err(|error| format!("{what}: {error}"))?;
-        ensure_eq!(format!("{:?}", tcgetattr(terminal.slave.as_fd())?), before, "the terminal after {what}");
+        ensure_eq!(terminal.modes()?, before, "the terminal after {what}");
     }
     Ok(())
 }
