@@ -14,6 +14,8 @@ mod harness;
 mod hints;
 #[path = "guest/host_changes.rs"]
 mod host_changes;
+#[path = "guest/host_file_systems.rs"]
+mod host_file_systems;
 #[path = "guest/io.rs"]
 mod io;
 #[path = "guest/ledger.rs"]

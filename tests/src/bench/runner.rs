@@ -6,7 +6,7 @@
 use std::fs;
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::{ChildStdin, ChildStdout, Command, Stdio};
+use std::process::{ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -51,10 +51,10 @@ fn boots(runners: &Runners, n: usize, table: &mut Table) -> Result<(), BenchErro
     eprintln!("{ROW}: trying virtme-ng");
     let virtme_ng = VirtmeNg::find(&runners.qemu, &runners.kernel).and_then(|virtme_ng| {
         // It makes files for later runs; and whether it runs anything at all should be known.
-        let printed = output("virtme-ng", virtme_ng.command(&["--verbose"], &["echo", "it", "runs"]))?;
-        match printed.contains("it runs") {
-            true => Ok(virtme_ng),
-            false => Err(ended_badly("virtme-ng", "it runs", &printed)),
+        let printed = output("virtme-ng", virtme_ng.command(&["--verbose"], "true"))?;
+        match virtme_ng.status() {
+            Some(0) => Ok(virtme_ng),
+            _ => Err(ended_badly("virtme-ng", "the end of its command", &printed)),
         }
     });
     let (mut ours, mut microvm, mut theirs) = (Vec::new(), Vec::new(), Vec::new());
@@ -63,7 +63,7 @@ fn boots(runners: &Runners, n: usize, table: &mut Table) -> Result<(), BenchErro
         ours.push(timed("daxvm", runners.daxvm(&["true"]))?);
         microvm.push(runners.qemu_runs_true()?);
         if let Ok(virtme_ng) = &virtme_ng {
-            theirs.push(timed("virtme-ng", virtme_ng.command(&[], &["true"]))?);
+            theirs.push(virtme_ng_runs_true(virtme_ng)?);
         }
     }
     table.add(ROW, "daxvm", "ms", ours);
@@ -264,15 +264,28 @@ fn expect(subject: &str, stdout: &mut ChildStdout, line: &'static str) -> Result
 }
 
 /// Milliseconds from the start of a program to its end, with status 0.
-fn timed(subject: &str, mut command: Command) -> Result<f64, BenchError> {
+fn timed(subject: &str, command: Command) -> Result<f64, BenchError> {
+    match time(command)? {
+        (time, status) if status.success() => Ok(time),
+        (_, status) => Err(ended_badly(subject, "exit status 0", &status.to_string())),
+    }
+}
+
+/// The same for virtme-ng, whose own status may say nothing.
+fn virtme_ng_runs_true(virtme_ng: &VirtmeNg) -> Result<f64, BenchError> {
+    let (time, status) = time(virtme_ng.command(&[], "true"))?;
+    match virtme_ng.status() {
+        Some(0) => Ok(time),
+        _ => Err(ended_badly("virtme-ng", "the end of its command", &status.to_string())),
+    }
+}
+
+/// Milliseconds from the start of a program to its end, and how it ended.
+fn time(mut command: Command) -> Result<(f64, ExitStatus), BenchError> {
     let start = Instant::now();
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::inherit());
     let status = Watched::start(&mut command, LIMIT)?.wait()?;
-    let time = start.elapsed();
-    match status.success() {
-        true => Ok(time.as_secs_f64() * 1e3),
-        false => Err(ended_badly(subject, "exit status 0", &status.to_string())),
-    }
+    Ok((start.elapsed().as_secs_f64() * 1e3, status))
 }
 
 /// What a program writes until it ends, errors too; its status counts for nothing.

@@ -107,8 +107,13 @@ impl VirtmeNg {
         Ok(())
     }
 
-    /// Runs `argv` in a guest with one CPU; with `--verbose` among the options, what the guest's kernel says is printed.
-    pub(super) fn command(&self, options: &[&str], argv: &[&str]) -> Command {
+    /// Runs `script` in a guest with one CPU; with `--verbose` among the options, what the guest's kernel says is printed.
+    ///
+    /// Where the host has no udev its guest does not find the ports for the command's streams: what the command writes is
+    /// lost then, and virtme-ng's exit status is always 255. So the script's status goes to a serial port, and
+    /// [`status`](VirtmeNg::status) has it.
+    pub(super) fn command(&self, options: &[&str], script: &str) -> Command {
+        let _ = fs::remove_file(self.proof());
         let mut command = Command::new(self.bin("vng"));
         let path = std::env::var_os("PATH").unwrap_or_default();
         command.env("PATH", [self.root.join("bin").as_os_str(), &path].join(OsStr::new(":")));
@@ -119,8 +124,22 @@ impl VirtmeNg {
         command.args(options).arg("--run").arg(&self.kernel).args(["--cpus", "1", "--memory", MEMORY]);
         // Its microvm has legacy virtio-mmio devices, at which virtiofsd in C aborts.
         command.arg("--disable-microvm").arg("--busybox").arg(&self.busybox).arg("--qemu").arg(&self.qemu);
-        command.arg(format!("--qemu-opts={}", self.qemu_options)).arg("--").args(argv);
+        command.arg(format!(
+            "--qemu-opts={} -chardev file,id=proof,path={} -device isa-serial,chardev=proof,index=1",
+            self.qemu_options,
+            self.proof().display()
+        ));
+        command.args(["--", "sh", "-c", &format!("{script}; echo $? >/dev/ttyS1")]);
         command
+    }
+
+    /// The exit status of the last script, if it got to its end.
+    pub(super) fn status(&self) -> Option<i32> {
+        fs::read_to_string(self.proof()).ok()?.trim().parse().ok()
+    }
+
+    fn proof(&self) -> PathBuf {
+        self.root.join("status")
     }
 
     fn bin(&self, name: &str) -> PathBuf {

@@ -1,18 +1,15 @@
-//! The host takes pages away that the guest has mapped: files shrink, are replaced, disks fill up and fail. The guest goes
-//! on, and sees its data again when the host has it again.
+//! The host takes pages away that the guest has mapped: files shrink and are replaced. The guest goes on, and sees its data again when the host has it again.
 //!
 //! Each check has a machine of its own, and the last of its words is what the report says.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
 use libtest_mimic::Trial;
 use rustix::fs::{FallocateFlags, fallocate};
-use rustix::io::Errno;
 use tests::guest::data::Content;
 use tests::guest::{Changing, DirectRead, Met, Op};
 use tests::vm::{Ended, Kernel, Share, Vm, WindowCounts};
@@ -23,7 +20,8 @@ use crate::harness::{Outcome, PLACES, Places, end_current, ensure, ensure_ended,
 const OPENED: Duration = Duration::from_secs(3);
 
 type HostCheck = fn(&Kernel, u32, &Path) -> Outcome;
-type DiskCheck = fn(&Kernel, &Path) -> Outcome;
+/// A check for which it does not matter where the share is.
+pub type PlainCheck = fn(&Kernel, &Path) -> Outcome;
 
 /// The checks by kernel, number of processors and file system.
 pub fn trials(places: &Result<Places, String>, kernel: &'static str, trials: &mut Vec<Trial>) {
@@ -45,13 +43,8 @@ pub fn trials(places: &Result<Places, String>, kernel: &'static str, trials: &mu
             }
         }
     }
-    let of_disks: &[(&str, DiskCheck)] = &[
-        ("full-tmpfs", full_tmpfs),
-        ("full-ext4", full_ext4),
-        ("disk-that-fails", failing_disk),
-        ("no-mappings-left", no_mappings_left),
-    ];
-    for &(name, check) in of_disks {
+    let of_the_host: &[(&str, PlainCheck)] = &[("no-mappings-left", no_mappings_left)];
+    for &(name, check) in of_the_host.iter().chain(crate::host_file_systems::CHECKS) {
         let name = format!("{}/host/{name}", kernel.trim_end_matches("-cloud"));
         trials.push(trial(name, places, move |places| {
             end_current();
@@ -61,7 +54,7 @@ pub fn trials(places: &Result<Places, String>, kernel: &'static str, trials: &mu
     }
 }
 
-fn boot(kernel: &Kernel, cpus: u32, dir: &Path) -> Result<Vm, Box<dyn std::error::Error>> {
+pub fn boot(kernel: &Kernel, cpus: u32, dir: &Path) -> Result<Vm, Box<dyn std::error::Error>> {
     // The guest must not hear of the new sizes, or it would not touch what is gone.
     let share = |tag| Share::new(tag, dir).window("64M").dax("always").cache("always");
     let mut vm = Vm::builder(kernel).cpus(cpus).share(share("t")).share(share("other")).boot()?;
@@ -70,7 +63,7 @@ fn boot(kernel: &Kernel, cpus: u32, dir: &Path) -> Result<Vm, Box<dyn std::error
 }
 
 /// Powers the guest off and returns what the first share's window counted.
-fn finish(mut vm: Vm) -> Result<(WindowCounts, Ended), Box<dyn std::error::Error>> {
+pub fn finish(mut vm: Vm) -> Result<(WindowCounts, Ended), Box<dyn std::error::Error>> {
     vm.umount("/mnt")?;
     let ended = vm.power_off()?;
     ensure_ended(&ended, 0, "power-off")?;
@@ -85,11 +78,11 @@ fn finish(mut vm: Vm) -> Result<(WindowCounts, Ended), Box<dyn std::error::Error
 }
 
 /// What a mapping shows at some offsets, touched by a program and not by the kernel.
-fn block(vm: &mut Vm, map: u32, offset: u64) -> Result<Vec<u8>, Box<dyn std::error::Error>> {
+pub fn block(vm: &mut Vm, map: u32, offset: u64) -> Result<Vec<u8>, Box<dyn std::error::Error>> {
     Ok(vm.map_read(map, offset, 16)?)
 }
 
-fn expected(content: Content, offset: u64) -> Vec<u8> {
+pub fn expected(content: Content, offset: u64) -> Vec<u8> {
     let mut bytes = vec![0; 16];
     tests::guest::data::fill(content.seed, offset, &mut bytes);
     bytes
@@ -288,139 +281,6 @@ fn gone(kernel: &Kernel, cpus: u32, dir: &Path) -> Outcome {
     vm.run(Op::Unmap(map))?;
     let (counts, _) = finish(vm)?;
     ensure_eq!((counts.lost_files, counts.lost_pages), (1, 1024), "what was lost");
-    Ok(())
-}
-
-/// A file system of the host that is mounted for one check.
-pub struct Disk {
-    /// Where it is mounted.
-    pub dir: PathBuf,
-    undo: Vec<Vec<String>>,
-}
-
-impl Disk {
-    /// Runs a program; returns what it says.
-    pub fn run(words: &[&str]) -> Result<String, Box<dyn std::error::Error>> {
-        let output = Command::new(words[0]).args(&words[1..]).output();
-        let output = output.map_err(|error| format!("{}: {error}", words[0]))?;
-        ensure!(output.status.success(), "{words:?}: {}", String::from_utf8_lossy(&output.stderr));
-        Ok(String::from_utf8(output.stdout)?.trim().to_owned())
-    }
-
-    fn undo(&mut self, words: &[&str]) {
-        self.undo.push(words.iter().map(|word| (*word).to_owned()).collect());
-    }
-
-    /// Mounts a file system in `dir`.
-    pub fn mount(
-        dir: &Path,
-        kind: &str,
-        source: &str,
-        options: &str,
-    ) -> Result<Disk, Box<dyn std::error::Error>> {
-        let dir = dir.join("disk");
-        fs::create_dir(&dir)?;
-        let target = dir.to_str().ok_or("a path that is no text")?.to_owned();
-        Disk::run(&["mount", "-t", kind, "-o", options, source, &target])?;
-        let mut disk = Disk { dir, undo: Vec::new() };
-        disk.undo(&["umount", &target]);
-        Ok(disk)
-    }
-}
-
-impl Drop for Disk {
-    fn drop(&mut self) {
-        while let Some(words) = self.undo.pop() {
-            let words: Vec<_> = words.iter().map(String::as_str).collect();
-            if let Err(error) = Disk::run(&words) {
-                eprintln!("left behind: {error}");
-            }
-        }
-    }
-}
-
-/// An ext4 of 32 MiB in a file of `dir`, by way of device mapper: the second is the name of the device.
-fn ext4(dir: &Path, name: &str) -> Result<Disk, Box<dyn std::error::Error>> {
-    let image = dir.join("image");
-    File::create(&image)?.set_len(32 << 20)?;
-    let image = image.to_str().ok_or("a path that is no text")?;
-    let device = Disk::run(&["losetup", "--find", "--show", image])?;
-    let table = format!("0 65536 linear {device} 0");
-    Disk::run(&["dmsetup", "--noudevsync", "create", name, "--table", &table])?;
-    let mapped = format!("/dev/mapper/{name}");
-    Disk::run(&["dmsetup", "mknodes", name])?;
-    Disk::run(&["mkfs.ext4", "-q", &mapped])?;
-    let mut disk = Disk::mount(dir, "ext4", &mapped, "errors=continue")?;
-    let unmount = disk.undo.pop().unwrap_or_default();
-    disk.undo(&["losetup", "--detach", &device]);
-    disk.undo(&["dmsetup", "--noudevsync", "remove", "--retry", name]);
-    disk.undo.push(unmount);
-    Ok(disk)
-}
-
-/// Writes to a hole for which there is no room, and to a page that is there.
-fn full(kernel: &Kernel, disk: &Disk) -> Outcome {
-    let content = Content { seed: 75, len: 64 << 10 };
-    let host = disk.dir.join("file");
-    content.write_to(&host)?;
-    File::options().write(true).open(&host)?.set_len(6 << 20)?;
-    let filler = File::create(disk.dir.join("filler"))?;
-    let mut at = 0;
-    while filler.write_at(&[1; 4096], at).is_ok_and(|written| written == 4096) {
-        at += 4096;
-    }
-    let mut vm = boot(kernel, 1, &disk.dir)?;
-    let map = vm.map("/mnt/file", 0, 6 << 20, true)?;
-    ensure_eq!(block(&mut vm, map, 5 << 20)?, vec![0; 16], "a hole");
-    // From the kernel, and by a program.
-    vm.map_write(map, 5 << 20, b"no room")?;
-    match vm.write_content("/mnt/file", 2 << 20, Content { seed: 76, len: 1 << 20 }, true, 1) {
-        // Its fsync may say what has happened.
-        Err(error) if [Errno::IO, Errno::NOSPC].iter().any(|at| error.errno() == Some(at.raw_os_error())) => {
-        }
-        written => written?,
-    }
-    vm.map_write(map, 16, b"room")?;
-    ensure_eq!(block(&mut vm, map, 32)?, expected(content, 32), "what was there");
-    vm.run(Op::Unmap(map))?;
-    let mut found = [0; 4];
-    File::open(&host)?.read_exact_at(&mut found, 16)?;
-    ensure_eq!(&found, b"room");
-    fs::remove_file(disk.dir.join("filler"))?;
-    let (counts, ended) = finish(vm)?;
-    ensure!(counts.failed_pages > 0, "{counts:?}");
-    ensure_eq!(counts.lost_pages, 0, "lost pages");
-    ensure_eq!(ended.console.matches("cannot provide pages").count(), 1, "how often it was said");
-    Ok(())
-}
-
-fn full_tmpfs(kernel: &Kernel, dir: &Path) -> Outcome {
-    full(kernel, &Disk::mount(dir, "tmpfs", "tmpfs", "size=4m")?)
-}
-
-fn full_ext4(kernel: &Kernel, dir: &Path) -> Outcome {
-    full(kernel, &ext4(dir, "daxvm-full")?)
-}
-
-/// All reads of a disk fail from some moment on.
-fn failing_disk(kernel: &Kernel, dir: &Path) -> Outcome {
-    let content = Content { seed: 77, len: 8 << 20 };
-    let disk = ext4(dir, "daxvm-fails")?;
-    content.write_to(&disk.dir.join("file"))?;
-    Disk::run(&["sync"])?;
-    let mut vm = boot(kernel, 1, &disk.dir)?;
-    let map = vm.map("/mnt/file", 0, content.len as usize, false)?;
-    ensure_eq!(block(&mut vm, map, 0)?, expected(content, 0), "before");
-    fs::write("/proc/sys/vm/drop_caches", "1")?;
-    Disk::run(&["dmsetup", "--noudevsync", "suspend", "--nolockfs", "daxvm-fails"])?;
-    Disk::run(&["dmsetup", "load", "daxvm-fails", "--table", "0 65536 error"])?;
-    Disk::run(&["dmsetup", "--noudevsync", "resume", "daxvm-fails"])?;
-    ensure_eq!(block(&mut vm, map, 5 << 20)?, vec![0; 16], "what cannot be read");
-    ensure!(vm.call::<Option<u64>>(&Op::MapVerify(map, content.seed))?.is_some(), "all of it was there");
-    vm.run(Op::Unmap(map))?;
-    let (counts, ended) = finish(vm)?;
-    ensure!(counts.failed_pages > 0, "{counts:?}");
-    ensure_eq!(ended.console.matches("cannot provide pages").count(), 1, "how often it was said");
     Ok(())
 }
 

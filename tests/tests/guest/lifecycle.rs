@@ -224,8 +224,15 @@ fn counts_and_power_off(mut vm: Vm, places: &Places, _: &Ledger) -> Outcome {
             // What may be written is mapped writable at once: a second request for it changes nothing.
             upgraded_chunks: 0,
             cleared_chunks: all,
+            // As much as the host had in memory: the checks of `prefault` say how much that is.
+            prefaults: counts.prefaults,
+            prefault_bytes: counts.prefault_bytes,
             ..WindowCounts::default()
         };
+        ensure!(
+            counts.prefaults <= counts.setup_mappings && counts.prefault_bytes <= counts.prefaults * chunk,
+            "{place}: more is prefaulted than mapped: {counts:?}"
+        );
         ensure_eq!(counts, expected, "{place}");
 
         let small = ended.report.window(&format!("{place}-small")).ok_or("no window in the report")?;

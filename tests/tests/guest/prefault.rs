@@ -12,7 +12,7 @@ use tests::guest::{Access, Op, Random};
 use tests::vm::{Kernel, Report, Share, Vm};
 
 use crate::harness::{Outcome, PLACES, Places, end_current, ensure, ensure_eq, trial};
-use crate::host_changes::Disk;
+use crate::host_file_systems::Disk;
 
 /// The file, which is in the host's page cache unless a check throws it out.
 const FILE: Content = Content { seed: 90, len: 64 << 20 };
