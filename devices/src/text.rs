@@ -1,7 +1,7 @@
 //! What people write and read: sizes (`512M`), durations (`90s`), what they probably meant, and why something failed.
 
 use std::error::Error;
-use std::fmt;
+use std::fmt::{self, Display};
 use std::time::Duration;
 
 /// Parses a size in bytes: a number with an optional suffix K, M, G or T (powers of 1024).
@@ -116,6 +116,12 @@ pub fn chain(error: &dyn Error) -> String {
         source = cause.source();
     }
     text
+}
+
+/// A line for each mistake in a file, beginning with the file's name: NAME:MISTAKE.
+pub fn listed(name: impl Display, mistakes: &[impl Display]) -> String {
+    let lines: Vec<_> = mistakes.iter().map(|mistake| format!("{name}:{mistake}")).collect();
+    lines.join("\n")
 }
 
 #[cfg(test)]

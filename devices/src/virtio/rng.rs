@@ -1,7 +1,6 @@
 //! The virtio-rng device (virtio 1.2, section 5.4): gives the guest entropy of the host.
 
 use std::io;
-use std::sync::Arc;
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 use virtio_queue::DescriptorChain;
@@ -10,7 +9,7 @@ use vm_memory::GuestMemoryMmap;
 use super::buffers::IoVectors;
 use super::device::{ActivateError, Activation, VirtioDevice};
 use super::thread::ThreadKind;
-use super::worker::{ChainError, ChainHandler, QueueWorker};
+use super::worker::{ChainError, ChainHandler, QueueWorkers};
 
 /// Linux asks for 64 bytes at a time.
 const QUEUE_SIZES: [u16; 1] = [16];
@@ -20,7 +19,7 @@ pub const MAX_REQUEST: usize = 64 << 10;
 /// A virtio-rng device.
 #[derive(Default)]
 pub struct RngDevice {
-    worker: Option<QueueWorker>,
+    workers: QueueWorkers,
 }
 
 impl VirtioDevice for RngDevice {
@@ -37,26 +36,11 @@ impl VirtioDevice for RngDevice {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let Activation { memory, queues, needs_reset, .. } = activation;
-        for queue in queues {
-            let worker = QueueWorker::spawn(
-                ThreadKind::Data,
-                "rng",
-                queue,
-                memory.clone(),
-                Arc::clone(&needs_reset),
-                Entropy,
-            );
-            self.worker = Some(worker.map_err(|source| ActivateError {
-                reason: "the entropy source has no thread".into(),
-                source: Some(source),
-            })?);
-        }
-        Ok(())
+        self.workers.start(ThreadKind::Data, "the entropy source", activation, |_| ("rng".into(), Entropy))
     }
 
     fn reset(&mut self) {
-        self.worker = None;
+        self.workers.stop();
     }
 }
 

@@ -1,6 +1,7 @@
 //! A named thread a queue: waits for the doorbell, takes chains off the available ring, puts them on the used ring,
 //! interrupts the driver when it asks for it.
 
+use std::fmt::Display;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
@@ -9,7 +10,7 @@ use std::sync::atomic::Ordering;
 use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 
-use super::device::{ActiveQueue, DeviceMemory};
+use super::device::{ActivateError, Activation, ActiveQueue, DeviceMemory};
 use super::thread::{DeviceThread, Stop, ThreadKind};
 
 /// What a device does with one chain of descriptors.
@@ -30,40 +31,63 @@ pub trait ChainHandler: Send + 'static {
 #[error("{0}")]
 pub struct ChainError(pub String);
 
-/// The thread that serves one queue, until it is stopped or dropped.
-pub struct QueueWorker(DeviceThread);
+/// The threads that serve a device's queues, until they are stopped or dropped.
+#[derive(Default)]
+pub struct QueueWorkers(Vec<DeviceThread>);
 
-impl QueueWorker {
-    /// Starts a thread of this kind and name (of which the system shows at most 15 bytes).
+impl QueueWorkers {
+    /// Starts a thread of this kind for each queue; `each` has a queue's index and gives the name of its thread (of which the
+    /// system shows at most 15 bytes) and what handles its chains. `owner` is the device, for the message.
     ///
     /// # Errors
-    /// The system refuses a descriptor or a thread.
-    pub fn spawn(
+    /// The system refuses a descriptor or a thread; then none is left.
+    pub fn start<H: ChainHandler>(
+        &mut self,
         kind: ThreadKind,
-        name: &str,
-        queue: ActiveQueue,
-        memory: DeviceMemory,
-        needs_reset: Arc<dyn Fn() + Send + Sync>,
-        mut handler: impl ChainHandler,
-    ) -> io::Result<QueueWorker> {
-        let thread = DeviceThread::spawn(kind, name, needs_reset, move |stop| {
-            serve(queue, &memory, stop, |queue, memory| {
-                let Some(chain) = queue.next_chain(memory)? else { return Ok(false) };
-                let head = chain.head_index();
-                let written = handler.handle(memory, chain)?;
-                queue.add_used(memory, head, written)?;
-                // After each chain: a request may take long, and the one before it is not to wait for it.
-                queue.notify_driver(memory)?;
-                Ok(true)
-            })
-        })?;
-        Ok(QueueWorker(thread))
+        owner: impl Display,
+        activation: Activation,
+        mut each: impl FnMut(u16) -> (String, H),
+    ) -> Result<(), ActivateError> {
+        let Activation { memory, queues, needs_reset, .. } = activation;
+        for queue in queues {
+            let (name, handler) = each(queue.index);
+            match serve_in_thread(kind, &name, queue, memory.clone(), Arc::clone(&needs_reset), handler) {
+                Ok(thread) => self.0.push(thread),
+                Err(source) => {
+                    self.stop();
+                    let reason = format!("{owner} has no thread for a queue");
+                    return Err(ActivateError { reason, source: Some(source) });
+                }
+            }
+        }
+        Ok(())
     }
 
-    /// Ends the thread and waits for it: afterwards it touches no guest memory and raises no interrupt.
-    pub fn stop(self) {
-        drop(self.0);
+    /// Ends the threads and waits for them: afterwards they touch no guest memory and raise no interrupt.
+    pub fn stop(&mut self) {
+        self.0.clear();
     }
+}
+
+fn serve_in_thread(
+    kind: ThreadKind,
+    name: &str,
+    queue: ActiveQueue,
+    memory: DeviceMemory,
+    needs_reset: Arc<dyn Fn() + Send + Sync>,
+    mut handler: impl ChainHandler,
+) -> io::Result<DeviceThread> {
+    DeviceThread::spawn(kind, name, needs_reset, move |stop| {
+        serve(queue, &memory, stop, |queue, memory| {
+            let Some(chain) = queue.next_chain(memory)? else { return Ok(false) };
+            let head = chain.head_index();
+            let written = handler.handle(memory, chain)?;
+            queue.add_used(memory, head, written)?;
+            // After each chain: a request may take long, and the one before it is not to wait for it.
+            queue.notify_driver(memory)?;
+            Ok(true)
+        })
+    })
 }
 
 /// Serves `queue` until `stop` is set: `some` serves some of what is available, and returns false if there was nothing.

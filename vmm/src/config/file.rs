@@ -3,6 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use devices::text::listed;
 use schemars::generate::SchemaSettings;
 use serde_json::{Value, json};
 
@@ -22,18 +23,13 @@ pub enum ConfigFileError {
         source: io::Error,
     },
     /// It has mistakes. The message has a line for each, beginning with FILE:LINE:COLUMN.
-    #[error("{}", listed(path, mistakes))]
+    #[error("{}", listed(path.display(), mistakes))]
     Mistakes {
         /// The file.
         path: PathBuf,
         /// All that was found, in the order of the file; never empty.
         mistakes: Vec<Mistake>,
     },
-}
-
-fn listed(path: &Path, mistakes: &[Mistake]) -> String {
-    let lines: Vec<_> = mistakes.iter().map(|mistake| format!("{}:{mistake}", path.display())).collect();
-    lines.join("\n")
 }
 
 impl RunConfig {

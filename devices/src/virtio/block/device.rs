@@ -14,7 +14,7 @@ use super::image::{DiskError, Image, SECTOR};
 use super::request::{Handler, MAX_RANGE_SECTORS, MAX_RANGES};
 use crate::virtio::device::{ActivateError, Activation, VirtioDevice, read_config_space};
 use crate::virtio::thread::ThreadKind;
-use crate::virtio::worker::{ChainHandler, QueueWorker};
+use crate::virtio::worker::{ChainHandler, QueueWorkers};
 
 const QUEUE_SIZE: u16 = 256;
 /// Most pieces of data in a request: with header and status they fill a queue.
@@ -41,7 +41,7 @@ pub struct BlockDevice {
     id: Arc<str>,
     counters: DiskCountersHandle,
     queue_sizes: Vec<u16>,
-    workers: Vec<QueueWorker>,
+    workers: QueueWorkers,
 }
 
 impl BlockDevice {
@@ -56,7 +56,7 @@ impl BlockDevice {
             id: config.id.into(),
             counters: DiskCountersHandle { path: config.path, counts: Arc::new(Counts::default()) },
             queue_sizes: vec![QUEUE_SIZE; config.queues.clamp(1, MAX_QUEUES).into()],
-            workers: Vec::new(),
+            workers: QueueWorkers::default(),
         })
     }
 
@@ -66,7 +66,7 @@ impl BlockDevice {
     }
 
     /// What serves the requests of a driver that accepted these features.
-    pub(in crate::virtio) fn handler(&self, features: u64) -> impl ChainHandler + use<> {
+    pub(in crate::virtio) fn handler(&self, features: u64) -> impl ChainHandler + Clone + use<> {
         Handler {
             image: Arc::clone(&self.image),
             counts: Arc::clone(&self.counters.counts),
@@ -127,32 +127,15 @@ impl VirtioDevice for BlockDevice {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let Activation { memory, features, queues, needs_reset } = activation;
-        for queue in queues {
-            let handler = self.handler(features);
-            let name = format!("blk{}-{}", queue.index, self.id);
-            let worker = QueueWorker::spawn(
-                ThreadKind::Data,
-                &name,
-                queue,
-                memory.clone(),
-                Arc::clone(&needs_reset),
-                handler,
-            );
-            match worker {
-                Ok(worker) => self.workers.push(worker),
-                Err(source) => {
-                    self.reset();
-                    let reason = format!("the disk {} has no thread for a queue", self.id);
-                    return Err(ActivateError { reason, source: Some(source) });
-                }
-            }
-        }
-        Ok(())
+        let handler = self.handler(activation.features);
+        let owner = format_args!("the disk {}", self.id);
+        self.workers.start(ThreadKind::Data, owner, activation, |index| {
+            (format!("blk{index}-{}", self.id), handler.clone())
+        })
     }
 
     fn reset(&mut self) {
-        self.workers.drain(..).for_each(QueueWorker::stop);
+        self.workers.stop();
     }
 }
 

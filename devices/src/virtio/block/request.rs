@@ -81,6 +81,7 @@ struct Request<'c, 'm> {
 }
 
 /// What a queue's thread does.
+#[derive(Clone)]
 pub(super) struct Handler {
     pub image: Arc<Image>,
     pub counts: Arc<Counts>,

@@ -19,7 +19,7 @@ use crate::virtio::device::{
     ActivateError, Activation, HostMemory, SharedMemory, VirtioDevice, read_config_space,
 };
 use crate::virtio::thread::ThreadKind;
-use crate::virtio::worker::{ChainError, ChainHandler, QueueWorker};
+use crate::virtio::worker::{ChainError, ChainHandler, QueueWorkers};
 
 /// VIRTIO_ID_FS.
 const DEVICE_TYPE: u32 = 26;
@@ -126,7 +126,7 @@ pub struct FileSystemDevice {
     window: Option<Arc<DaxWindow>>,
     counts: Arc<Counts>,
     queue_sizes: Vec<u16>,
-    workers: Vec<QueueWorker>,
+    workers: QueueWorkers,
 }
 
 impl FileSystemDevice {
@@ -191,7 +191,7 @@ impl FileSystemDevice {
         };
         let mut queue_sizes = vec![REQUEST_QUEUE_SIZE; usize::from(request_queues) + 1];
         queue_sizes[0] = HIPRIO_QUEUE_SIZE;
-        Ok(FileSystemDevice { tag, server, window, counts, queue_sizes, workers: Vec::new() })
+        Ok(FileSystemDevice { tag, server, window, counts, queue_sizes, workers: QueueWorkers::default() })
     }
 
     /// A handle to the share's counters, which may outlive the device.
@@ -231,32 +231,15 @@ impl VirtioDevice for FileSystemDevice {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let Activation { memory, queues, needs_reset, .. } = activation;
-        for queue in queues {
+        let owner = format_args!("the share {}", self.tag);
+        self.workers.start(ThreadKind::FileSystem, owner, activation, |index| {
             let handler = Handler { server: Arc::clone(&self.server), is_prepared: false };
-            let name = format!("fs{}-{}", queue.index, self.tag);
-            let worker = QueueWorker::spawn(
-                ThreadKind::FileSystem,
-                &name,
-                queue,
-                memory.clone(),
-                Arc::clone(&needs_reset),
-                handler,
-            );
-            match worker {
-                Ok(worker) => self.workers.push(worker),
-                Err(source) => {
-                    self.reset();
-                    let reason = format!("the share {} has no thread for a queue", self.tag);
-                    return Err(ActivateError { reason, source: Some(source) });
-                }
-            }
-        }
-        Ok(())
+            (format!("fs{index}-{}", self.tag), handler)
+        })
     }
 
     fn reset(&mut self) {
-        self.workers.drain(..).for_each(QueueWorker::stop);
+        self.workers.stop();
         self.server.end_session();
     }
 }

@@ -3,6 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
+use devices::text::listed;
+
 use crate::config::Mistake;
 
 /// Why there is no matrix in a file.
@@ -25,9 +27,4 @@ pub enum MatrixFileError {
         /// All that was found, in the order of the file; never empty.
         mistakes: Vec<Mistake>,
     },
-}
-
-fn listed(name: &str, mistakes: &[Mistake]) -> String {
-    let lines: Vec<_> = mistakes.iter().map(|mistake| format!("{name}:{mistake}")).collect();
-    lines.join("\n")
 }

@@ -5,7 +5,7 @@ use std::io;
 use std::ops::Range;
 use std::path::PathBuf;
 
-use crate::text::position;
+use crate::text::{listed, position};
 
 /// Why there is no policy in a file.
 #[derive(Debug, thiserror::Error)]
@@ -27,11 +27,6 @@ pub enum RuleFileError {
         /// All that was found, in the order of the file; never empty.
         mistakes: Vec<Mistake>,
     },
-}
-
-fn listed(name: &str, mistakes: &[Mistake]) -> String {
-    let lines: Vec<_> = mistakes.iter().map(|mistake| format!("{name}:{mistake}")).collect();
-    lines.join("\n")
 }
 
 /// A mistake in a rule file, printed as LINE:COLUMN: PROBLEM.
