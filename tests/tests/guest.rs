@@ -44,6 +44,8 @@ mod pressure;
 mod room;
 #[path = "guest/runner.rs"]
 mod runner;
+#[path = "guest/runner_disks.rs"]
+mod runner_disks;
 #[path = "guest/runner_ends.rs"]
 mod runner_ends;
 #[path = "guest/runner_jobs.rs"]

@@ -12,7 +12,7 @@ use tests::guest::data::Content;
 use tests::vm::{CommandEnded, CommandRun, Kernel, scratch};
 
 use crate::harness::{Outcome, Places, end_current, ensure, ensure_eq, trial};
-use crate::{runner_ends, runner_jobs, runner_terminal, sandbox, seen};
+use crate::{runner_disks, runner_ends, runner_jobs, runner_terminal, sandbox, seen};
 
 /// A check that runs commands with one kernel.
 pub type RunnerCheck = fn(&Kernel) -> Outcome;
@@ -24,6 +24,7 @@ pub fn trials(places: &Result<Places, String>, kernel: &'static str, trials: &mu
         ("streams-are-apart", streams),
         ("64-mib-through-a-pipe", large),
         ("a-panic-is-34-at-once", runner_ends::panic),
+        ("disks-and-randomness", runner_disks::disks),
     ];
     if kernel == "6.12-cloud" {
         checks.extend([
@@ -41,6 +42,7 @@ pub fn trials(places: &Result<Places, String>, kernel: &'static str, trials: &mu
         checks.extend(sandbox::checks());
         checks.extend(runner_terminal::checks());
         checks.extend(runner_jobs::checks());
+        checks.extend(runner_disks::checks());
     }
     let short = kernel.trim_end_matches("-cloud");
     let mut named: Vec<_> =
