@@ -26,6 +26,7 @@ pub mod matrix;
 mod memory;
 pub mod metrics;
 mod outcome;
+mod own_code;
 mod patrol;
 mod prefault;
 mod report;

@@ -21,6 +21,7 @@ use crate::event_loop::{self, Wakeups};
 use crate::exit::{Buses, Fatal};
 use crate::memory::{GuestRam, Slot};
 use crate::outcome::{ExitReason, Stop};
+use crate::own_code;
 use crate::patrol::patrol;
 use crate::report::{Report, ShareCounters, Timing};
 use crate::sandbox::{self, Layer, Outputs, SandboxError, SandboxMode};
@@ -191,6 +192,9 @@ impl Vm {
     /// The system refuses a thread or an event descriptor.
     pub fn run(&mut self, input: ConsoleInput) -> io::Result<Report> {
         let vmm = self.parts.started.elapsed();
+        if let Err(error) = own_code::let_go() {
+            tracing::debug!(%error, "The code that the start needed stays in memory");
+        }
         for (id, fd) in (0..).zip(self.idle_vcpus.drain(..)) {
             let ending = self.ending.clone();
             let (buses, memory) = (self.parts.buses.clone(), self.parts.memory.clone());
