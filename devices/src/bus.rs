@@ -56,11 +56,17 @@ impl Bus {
     pub fn insert(&self, base: u64, size: u64, device: Arc<dyn BusDevice>) -> Result<(), BusError> {
         let end = base.checked_add(size).filter(|_| size > 0).ok_or(BusError::BadRange { base, size })?;
         let mut slots = self.slots.write().unwrap_or_else(|e| e.into_inner());
-        if slots.range(..end).next_back().is_some_and(|(start, slot)| start + slot.size > base) {
+        if overlaps(&slots, base, end) {
             return Err(BusError::Overlap { base, size });
         }
         slots.insert(base, Slot { size, device });
         Ok(())
+    }
+
+    /// Whether a device answers anywhere in `base..base + size`.
+    pub fn is_taken(&self, base: u64, size: u64) -> bool {
+        let slots = self.slots.read().unwrap_or_else(|e| e.into_inner());
+        overlaps(&slots, base, base.saturating_add(size))
     }
 
     /// Takes the range that starts at `base` away from its device; nothing happens when there is none.
@@ -100,6 +106,11 @@ impl Bus {
         let inside = offset.checked_add(len as u64).is_some_and(|end| end <= slot.size);
         inside.then(|| (offset, Arc::clone(&slot.device)))
     }
+}
+
+/// Whether a device answers anywhere in `base..end`.
+fn overlaps(slots: &BTreeMap<u64, Slot>, base: u64, end: u64) -> bool {
+    slots.range(..end).next_back().is_some_and(|(start, slot)| start + slot.size > base)
 }
 
 #[cfg(test)]
@@ -151,7 +162,9 @@ mod tests {
         bus.insert(0x100, 0x10, device.clone()).unwrap();
         for (base, size) in [(0x100, 0x10), (0xf8, 0x10), (0x108, 1), (0x0, 0x1000)] {
             assert_eq!(bus.insert(base, size, device.clone()), Err(BusError::Overlap { base, size }));
+            assert!(bus.is_taken(base, size));
         }
+        assert!(!bus.is_taken(0xf0, 0x10) && !bus.is_taken(0x110, u64::MAX));
         assert!(bus.insert(0x10, 0, device.clone()).is_err());
         assert!(bus.insert(u64::MAX, 2, device.clone()).is_err());
         bus.insert(0x110, 0x10, device.clone()).unwrap();

@@ -14,6 +14,8 @@ mod harness;
 mod hints;
 #[path = "guest/host_changes.rs"]
 mod host_changes;
+#[path = "guest/hostile.rs"]
+mod hostile;
 #[path = "guest/io.rs"]
 mod io;
 #[path = "guest/ledger.rs"]
@@ -119,6 +121,7 @@ fn trials(places: &Result<Places, String>) -> Vec<Trial> {
     for kernel in KERNELS {
         machine::trials(places, kernel, &mut trials);
         host_changes::trials(places, kernel, &mut trials);
+        hostile::trials(places, kernel, &mut trials);
         room::trials(places, kernel, &mut trials);
         prefault::trials(places, kernel, &mut trials);
     }

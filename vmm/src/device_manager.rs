@@ -10,7 +10,7 @@ use devices::pci::{Bar, BarKind, BarMapper, PciBus};
 use devices::virtio::device::{DeviceMemory, HostMemory, Repair, VirtioDevice};
 use devices::virtio::pci::{VirtioPciDevice, VirtioPciError};
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
-use vm_memory::{GuestAddress, GuestAddressSpace};
+use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
 
 use crate::interrupts::Routes;
 use crate::layout::{self, Apertures};
@@ -159,11 +159,19 @@ impl KvmBarMapper {
         Err(io::Error::new(io::ErrorKind::AddrNotAvailable, "the bridge does not forward this address"))
     }
 
+    fn mmio(&self) -> io::Result<Arc<Bus>> {
+        let gone = || io::Error::new(io::ErrorKind::NotConnected, "the VM is ending");
+        self.mmio.upgrade().ok_or_else(gone)
+    }
+
     fn map_window(&self, window: &Arc<dyn HostMemory>, address: u64) -> io::Result<()> {
         let (host, size) = (window.host_address(), window.size());
         let region = describe_region(host, size, address).map_err(io::Error::other)?;
         // The lock spans the whole change, so that two BARs that move at once do not lose one another.
         let mut windows = self.windows.lock();
+        if self.mmio()?.is_taken(address, size) {
+            return Err(taken("registers answer there"));
+        }
         // Inserting the region first refuses an overlap with another window or RAM.
         let memory = self.memory.memory().insert_region(Arc::new(region)).map_err(io::Error::other)?;
         // SAFETY: `HostMemory` stays where it is as long as the object lives, and `windows` keeps it beside the slot.
@@ -186,7 +194,7 @@ impl KvmBarMapper {
         self.windows.change_slots(|| drop(gone));
     }
 
-    fn replace_memory(&self, memory: vm_memory::GuestMemoryMmap) {
+    fn replace_memory(&self, memory: GuestMemoryMmap) {
         self.memory.lock().unwrap_or_else(|e| e.into_inner()).replace(memory);
     }
 
@@ -215,15 +223,31 @@ impl KvmBarMapper {
     }
 }
 
+fn taken(by: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::AddrInUse, by)
+}
+
+/// Whether any of `address..address + size` is RAM or a window. KVM finds memory first, and registers behind it never.
+fn has_memory(memory: &GuestMemoryMmap, address: u64, size: u64) -> bool {
+    let end = address.saturating_add(size);
+    memory.iter().any(|region| region.start_addr().0 < end && region.last_addr().0 >= address)
+}
+
 impl BarMapper for KvmBarMapper {
     fn map(&self, bar: &Bar, address: u64, registers: Arc<dyn BusDevice>) -> io::Result<()> {
         self.check(bar, address)?;
         match &bar.kind {
             BarKind::Memory(window) => self.map_window(window, address),
             BarKind::Registers { doorbells } => {
-                let gone = || io::Error::new(io::ErrorKind::NotConnected, "the VM is ending");
-                let mmio = self.mmio.upgrade().ok_or_else(gone)?;
-                mmio.insert(address, bar.size, registers).map_err(io::Error::other)?;
+                let mmio = self.mmio()?;
+                {
+                    // So that no window comes in between.
+                    let _windows = self.windows.lock();
+                    if has_memory(&self.memory.memory(), address, bar.size) {
+                        return Err(taken("memory is there"));
+                    }
+                    mmio.insert(address, bar.size, registers).map_err(io::Error::other)?;
+                }
                 self.register_doorbells(doorbells, address).inspect_err(|_| mmio.remove(address))
             }
         }
@@ -238,6 +262,26 @@ impl BarMapper for KvmBarMapper {
                     mmio.remove(address);
                 }
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn registers_find_no_room_where_memory_is() {
+        let ranges = [(GuestAddress(0), 0x10_0000), (GuestAddress(1 << 32), 0x20_0000)];
+        let memory = GuestMemoryMmap::from_ranges(&ranges).unwrap();
+        for (address, size) in
+            [(0, 1), (0xf_ffff, 0x8000), (1 << 32, 0x8000), ((1 << 32) - 1, 2), (0, u64::MAX)]
+        {
+            assert!(has_memory(&memory, address, size), "{address:#x} {size:#x}");
+        }
+        for (address, size) in [(0x10_0000, 0x8000), ((1 << 32) - 0x8000, 0x8000), (0x1_0020_0000, u64::MAX)]
+        {
+            assert!(!has_memory(&memory, address, size), "{address:#x} {size:#x}");
         }
     }
 }
