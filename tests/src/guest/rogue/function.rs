@@ -113,18 +113,33 @@ impl Function {
         Ok(self.config.write_all_at(&value.to_le_bytes()[..width], offset)?)
     }
 
-    /// Gives all registers the values that they had in the beginning.
+    /// Gives all registers the values that they had in the beginning. Those that have them are left alone: each change of a
+    /// BAR costs the guest what the processor knows of its memory.
     pub fn restore(&self) -> Result<(), Failure> {
-        let saved = |at: u64, width: usize| &self.saved[at as usize..][..width];
-        // The BARs while the function answers nowhere, so that none passes over another's place.
-        self.write(COMMAND, 2, 0)?;
         let pci_cfg = self.capability(Part::PciCfg)?.at;
-        let mut registers = vec![(0x0c, 4), (0x3c, 4), (self.msix, 4), (pci_cfg + 4, 4), (pci_cfg + 8, 4)];
-        registers.extend((0..6).map(|bar| (FIRST_BAR + 4 * bar, 4)));
-        for (at, width) in registers.into_iter().chain([(pci_cfg + 12, 4), (COMMAND, 2)]) {
-            self.config.write_all_at(saved(at, width), at)?;
+        let others = [0x0c, 0x3c, self.msix, pci_cfg + 4, pci_cfg + 8, pci_cfg + 12];
+        for register in others {
+            self.restore_register(register)?;
         }
-        Ok(())
+        let bars: Vec<_> = (0..6).map(|bar| FIRST_BAR + 4 * bar).collect();
+        let is_moved = bars.iter().map(|bar| Ok(self.read(*bar, 4)? != self.saved(*bar)));
+        if is_moved.collect::<Result<Vec<_>, Failure>>()?.contains(&true) {
+            // While the function answers nowhere, so that none passes over another's place.
+            self.write(COMMAND, 2, 0)?;
+            bars.iter().try_for_each(|bar| self.restore_register(*bar))?;
+        }
+        self.restore_register(COMMAND)
+    }
+
+    /// What a register of 32 bits was in the beginning.
+    fn saved(&self, register: u64) -> u64 {
+        let bytes = self.saved[register as usize..][..4].iter().rev();
+        bytes.fold(0, |value, byte| value << 8 | u64::from(*byte))
+    }
+
+    fn restore_register(&self, register: u64) -> Result<(), Failure> {
+        let value = self.saved(register);
+        if self.read(register, 4)? == value { Ok(()) } else { self.write(register, 4, value) }
     }
 
     /// The capability of a part.
@@ -143,10 +158,8 @@ impl Function {
 
     /// Where a BAR of 64 bits was in the beginning.
     pub fn bar(&self, index: u64) -> u64 {
-        let at = (FIRST_BAR + 4 * index) as usize;
-        let mut bytes = [0; 8];
-        bytes.copy_from_slice(&self.saved[at..at + 8]);
-        u64::from_le_bytes(bytes) & !0xf
+        let at = FIRST_BAR + 4 * index;
+        (self.saved(at + 4) << 32 | self.saved(at)) & !0xf
     }
 
     /// Puts a BAR of 64 bits somewhere else.

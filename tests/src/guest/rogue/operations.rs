@@ -28,7 +28,7 @@ fn open(flags: i32) -> Vec<u8> {
 
 /// The argument of CREATE.
 pub fn create(flags: i32) -> Vec<u8> {
-    bytes(&CreateIn { flags: flags as u32, mode: 0o644, umask: 0, fuse_flags: 0 })
+    bytes(&CreateIn { flags: flags as u32, mode: 0o100_644, umask: 0, fuse_flags: 0 })
 }
 
 /// The argument of MKNOD; the device, if it is one, is the host's memory.

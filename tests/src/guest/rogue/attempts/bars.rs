@@ -1,6 +1,6 @@
 //! BARs where they must not answer, and away from where they did, of a device that lives.
 
-use super::Attempt;
+use super::{Act, Attempt};
 use crate::guest::data::fill;
 use crate::guest::rogue::device::{BULK, Device, PATIENCE, REQUESTS, common, status};
 use crate::guest::rogue::function::{BUS_MASTER, COMMAND, FIRST_BAR};
@@ -46,7 +46,7 @@ pub fn attempts() -> Vec<Attempt> {
         .map(|(what, place)| Attempt::new("bars", what, move |rogue| move_registers(rogue, place(rogue))));
     let window = FOR_WINDOW
         .map(|(what, place)| Attempt::new("bars", what, move |rogue| move_window(rogue, place(rogue))));
-    let more: [(&str, fn(&mut Rogue) -> Result<(), Failure>); 5] = [
+    let more: [(&str, Act); 5] = [
         ("registers elsewhere and back", registers_elsewhere),
         ("a window elsewhere and back", window_elsewhere),
         ("sizes asked for while it lives", sizing),

@@ -1,6 +1,6 @@
 //! Configuration space in every width and by every way to it, and MSI-X with nonsense in it.
 
-use super::Attempt;
+use super::{Act, Attempt};
 use crate::guest::Failure;
 use crate::guest::rogue::device::{Device, FEATURES, PATIENCE, QUEUE_SIZE, REQUESTS, common};
 use crate::guest::rogue::function::{COMMAND, MEMORY_SPACE, Part};
@@ -33,7 +33,7 @@ pub fn attempts() -> Vec<Attempt> {
     let messages = MESSAGES.map(|(what, address, data)| {
         Attempt::new("msi-x", what, move |rogue| with_messages(rogue, address, data))
     });
-    let more: [(&str, &str, fn(&mut Rogue) -> Result<(), Failure>); 7] = [
+    let more: [(&str, &str, Act); 7] = [
         ("configuration", "accesses by ports", by_ports),
         ("configuration", "registers that nothing describes", pci_cfg_nonsense),
         ("configuration", "a reset through it", pci_cfg_reset),

@@ -3,7 +3,7 @@
 use fuse_backend_rs::abi::fuse_abi::Opcode;
 use fuse_backend_rs::abi::virtio_fs::SetupmappingIn;
 
-use super::Attempt;
+use super::{Act, Attempt};
 use crate::guest::data::fill;
 use crate::guest::rogue::device::{Answer, Device};
 use crate::guest::rogue::fuse::{CHUNK, MAP_READ, MAP_WRITE, ROOT, bytes};
@@ -44,7 +44,7 @@ pub fn attempts() -> Vec<Attempt> {
             Ok(())
         })
     });
-    let more: [(&str, fn(&mut Rogue) -> Result<(), Failure>); 9] = [
+    let more: [(&str, Act); 9] = [
         ("flags", flags),
         ("over others", over_others),
         ("after the file is forgotten", after_forget),

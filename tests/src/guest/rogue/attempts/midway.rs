@@ -6,7 +6,7 @@ use std::time::Duration;
 use fuse_backend_rs::abi::fuse_abi::{Opcode, ReadIn};
 use vm_memory::ByteValued;
 
-use super::Attempt;
+use super::{Act, Attempt};
 use crate::guest::Failure;
 use crate::guest::rogue::device::{
     Answer, BULK, BULK_SIZE, Descriptor, Device, INDIRECT_TABLE, NEXT, PATIENCE, QUEUE_SIZE, REQUESTS, SHORT,
@@ -16,11 +16,8 @@ use crate::guest::rogue::function::{BUS_MASTER, COMMAND, MEMORY_SPACE};
 use crate::guest::rogue::fuse::{Asker, ROOT, message};
 use crate::guest::rogue::{Expected, Rogue};
 
-/// What is done in the middle.
-type Change = fn(&mut Rogue) -> Result<(), Failure>;
-
 pub fn attempts() -> Vec<Attempt> {
-    let changes: [(&str, Change); 6] = [
+    let changes: [(&str, Act); 6] = [
         ("a reset", reset),
         ("a reset, again and again", resets),
         ("no memory space", no_memory_space),

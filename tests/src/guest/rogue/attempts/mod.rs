@@ -19,6 +19,9 @@ use crate::guest::Failure;
 /// What an attempt does. An error is what kept it from being made.
 type Run = Box<dyn Fn(&mut Rogue) -> Result<(), Failure>>;
 
+/// The same without anything to remember.
+type Act = fn(&mut Rogue) -> Result<(), Failure>;
+
 /// One attempt.
 pub struct Attempt {
     /// GROUP/WHAT

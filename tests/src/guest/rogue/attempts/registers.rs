@@ -1,6 +1,6 @@
 //! Features, status and the other registers behind BAR 0: in the wrong order, of the wrong width, and with nonsense.
 
-use super::Attempt;
+use super::{Act, Attempt};
 use crate::guest::Failure;
 use crate::guest::rogue::device::{
     Device, FEATURES, PATIENCE, QUEUE_SIZE, REQUESTS, SHORT, common,
@@ -52,7 +52,7 @@ pub fn attempts() -> Vec<Attempt> {
             Ok(())
         })
     });
-    let more: [(&str, fn(&mut Rogue) -> Result<(), Failure>); 8] = [
+    let more: [(&str, Act); 8] = [
         ("status bits cleared", bits_cleared),
         ("FAILED before DRIVER_OK", failed),
         ("features after they were agreed", features_late),

@@ -1,7 +1,7 @@
 //! Rings where none can be, indices that jump, and registers of queues that are written at the wrong time.
 
-use super::Attempt;
 use super::chains::Places;
+use super::{Act, Attempt};
 use crate::guest::Failure;
 use crate::guest::rogue::device::{
     Answer, Descriptor, Device, FEATURES, PATIENCE, QUEUE_SIZE, REPLY, REQUESTS, Rings, SHORT, common,
@@ -65,7 +65,7 @@ pub fn attempts() -> Vec<Attempt> {
             Ok(())
         })
     });
-    let more: [(&str, fn(&mut Rogue) -> Result<(), Failure>); 9] = [
+    let more: [(&str, Act); 9] = [
         ("an index that goes back", goes_back),
         ("the same chain in all of the ring", same_chain),
         ("all rings at one place", one_place),

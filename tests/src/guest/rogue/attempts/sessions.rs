@@ -2,7 +2,7 @@
 
 use fuse_backend_rs::abi::fuse_abi::{IoctlIn, Opcode};
 
-use super::Attempt;
+use super::{Act, Attempt};
 use crate::guest::data::fill;
 use crate::guest::rogue::device::Device;
 use crate::guest::rogue::fuse::{Asker, MAP_READ, ROOT, bytes, message, nul};
@@ -11,7 +11,7 @@ use crate::guest::rogue::{Expected, Rogue};
 use crate::guest::{Failure, SHARED_FILE};
 
 pub fn attempts() -> Vec<Attempt> {
-    let attempts: [(&str, fn(&mut Rogue) -> Result<(), Failure>); 8] = [
+    let attempts: [(&str, Act); 8] = [
         ("lengths that are not the message's", lengths),
         ("messages cut short", cut_short),
         ("operations that are none", no_operations),
