@@ -16,6 +16,8 @@ mod hints;
 mod host_changes;
 #[path = "guest/host_file_systems.rs"]
 mod host_file_systems;
+#[path = "guest/hostile.rs"]
+mod hostile;
 #[path = "guest/io.rs"]
 mod io;
 #[path = "guest/ledger.rs"]
@@ -125,6 +127,7 @@ fn trials(places: &Result<Places, String>) -> Vec<Trial> {
     for kernel in KERNELS {
         machine::trials(places, kernel, &mut trials);
         host_changes::trials(places, kernel, &mut trials);
+        hostile::trials(places, kernel, &mut trials);
         room::trials(places, kernel, &mut trials);
         prefault::trials(places, kernel, &mut trials);
     }

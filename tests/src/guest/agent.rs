@@ -7,15 +7,17 @@ use std::io::{self, BufRead};
 use serde::Serialize;
 
 use super::ops::{Mapping, changing, contest, files, maps, passes, per_file, read, small, system, write};
+use super::rogue::Rogue;
 use super::wire::{Line, read_line};
 use super::{End, Failure, Op, Reply};
 
-/// What an agent keeps between requests: open files and mappings, by the numbers the driver knows them by.
+/// What an agent keeps between requests: open files and mappings, by the numbers the driver knows them by, and devices.
 #[derive(Default)]
 pub struct Agent {
     pub(super) files: HashMap<u32, File>,
     pub(super) maps: HashMap<u32, Mapping>,
     last: u32,
+    rogue: Option<Rogue>,
 }
 
 impl Agent {
@@ -91,8 +93,16 @@ impl Agent {
             Op::MapSync(id) => done(self.map(id)?.sync()),
             Op::Unmap(id) => done(self.maps.remove(&id).map(drop).ok_or_else(|| unknown(id))),
             Op::DirectReadIntoMap(read) => done(maps::direct_read(&read, self.map(read.map)?)),
+            Op::TakeDevices(writable, read_only) => done(self.take_devices(&writable, &read_only)),
+            Op::Attempt(name) => done(self.rogue.as_mut().ok_or_else(no_devices)?.attempt(&name)),
+            Op::LeaveDevices => done(self.rogue.take().ok_or_else(no_devices)?.leave()),
             other => files::perform(other),
         }
+    }
+
+    fn take_devices(&mut self, writable: &str, read_only: &str) -> Result<Vec<String>, Failure> {
+        let rogue = Rogue::take(writable, read_only)?;
+        Ok(self.rogue.insert(rogue).names())
     }
 
     fn keep_file(&mut self, file: File) -> u32 {
@@ -118,6 +128,10 @@ impl Agent {
 
 fn unknown(id: u32) -> Failure {
     Failure::new(format!("nothing is kept under {id}"))
+}
+
+fn no_devices() -> Failure {
+    Failure::new("no devices were taken")
 }
 
 /// An operation's result as a reply.

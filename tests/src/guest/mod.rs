@@ -12,6 +12,7 @@ mod name;
 mod ops;
 mod per_file;
 mod proto;
+mod rogue;
 mod wire;
 
 pub use agent::Agent;
@@ -21,4 +22,5 @@ pub use init::init;
 pub use name::{Bytes, GuestPath};
 pub use per_file::*;
 pub use proto::*;
+pub use rogue::{PROGRAMS, SECRET, SHARED_BIG, SHARED_FILE};
 pub use wire::{INIT, Line, READY, read_line, write_line};

@@ -148,6 +148,14 @@ pub enum Op {
     Unmap(u32),
     /// Reads a file with O_DIRECT into a mapping. -> `usize`, bytes read
     DirectReadIntoMap(DirectRead),
+
+    /// Takes two virtio-fs devices that have no driver, by their PCI addresses, to drive them by hand: that of a writable
+    /// share, and that of a read-only share. -> `Vec<String>`, the names of the attempts that can be made
+    TakeDevices(String, String),
+    /// Makes an attempt with them, and has them recover. -> [`Tried`]
+    Attempt(String),
+    /// Leaves them as they were.
+    LeaveDevices,
 }
 
 /// The ways out of a guest.
@@ -159,6 +167,15 @@ pub enum End {
     Reboot,
     /// A kernel panic.
     Panic,
+}
+
+/// What came of an attempt.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tried {
+    /// Answers of the devices that were looked at.
+    pub answers: u64,
+    /// Those that were not as they must be, and what did not recover.
+    pub wrong: Vec<String>,
 }
 
 /// Why an operation failed.
