@@ -8,6 +8,10 @@
 mod attributes;
 #[path = "guest/dax.rs"]
 mod dax;
+#[path = "guest/faults.rs"]
+mod faults;
+#[path = "guest/faults_of_host.rs"]
+mod faults_of_host;
 #[path = "guest/harness.rs"]
 mod harness;
 #[path = "guest/hints.rs"]
@@ -130,6 +134,7 @@ fn trials(places: &Result<Places, String>) -> Vec<Trial> {
         hostile::trials(places, kernel, &mut trials);
         room::trials(places, kernel, &mut trials);
         prefault::trials(places, kernel, &mut trials);
+        faults::trials(places, kernel, &mut trials);
     }
     for kernel in RUNNER_KERNELS {
         runner::trials(places, kernel, &mut trials);

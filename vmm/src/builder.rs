@@ -12,7 +12,8 @@ use devices::virtio::block::{BlockConfig, BlockDevice, DiskCountersHandle, DiskE
 use devices::virtio::console::{ConsoleDevice, ConsoleError, Port, PortsHandle};
 use devices::virtio::device::{DeviceMemory, VirtioDevice};
 use devices::virtio::fs::{
-    FileSystemConfig, FileSystemDevice, FileSystemError, descriptors_per_share, open_directory,
+    FileSystemConfig, FileSystemDevice, FileSystemError, TooFewDescriptors, descriptors_per_share,
+    open_directory,
 };
 use devices::virtio::pci::VirtioPciError;
 use devices::virtio::rng::RngDevice;
@@ -70,6 +71,9 @@ pub enum BuildError {
         #[source]
         source: FileSystemError,
     },
+    /// The limit of open files.
+    #[error(transparent)]
+    TooFewDescriptors(#[from] TooFewDescriptors),
     /// The DAX windows of the shares, or their policies.
     #[error(transparent)]
     Windows(#[from] WindowsError),
@@ -92,7 +96,7 @@ pub enum BuildError {
     #[error("Cannot create an event descriptor")]
     EventFd(#[source] io::Error),
     /// No descriptors are left.
-    #[error("Cannot open another file; raise the limit of open files (ulimit -n)")]
+    #[error("Cannot open another file")]
     Descriptor(#[source] io::Error),
 }
 
@@ -139,7 +143,7 @@ pub(crate) fn build(config: ValidConfig, wiring: Wiring) -> Result<Vm, BuildErro
         .map(|(index, disk)| add_disk(&mut manager, index, disk, &config))
         .collect::<Result<_, _>>()?;
     let windows = config.windows()?;
-    let descriptors = descriptors_per_share(&windows.iter().map(|window| window.size).collect::<Vec<_>>());
+    let descriptors = descriptors_per_share(&windows.iter().map(|window| window.size).collect::<Vec<_>>())?;
     let may_prefault = windows.iter().any(ShareWindow::may_prefault);
     let (mut shares, mut to_confine) = (Vec::new(), (Vec::new(), Vec::new()));
     for (share, window) in config.shares.iter().zip(windows) {

@@ -22,6 +22,7 @@ pub mod guest;
 pub mod initramfs;
 mod interrupts;
 mod layout;
+mod logging;
 pub mod matrix;
 mod memory;
 pub mod metrics;

@@ -1,8 +1,11 @@
 //! Counters for Prometheus: the text of `/metrics` and of `--metrics-file`. docs/observability.md lists all names; a test
 //! holds it to that.
 
+use std::ffi::OsString;
 use std::fmt;
+use std::fs::{self, File, Permissions};
 use std::io::{self, Write};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
@@ -24,6 +27,9 @@ pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; cha
 
 /// How often a metrics file is written unless the user says otherwise.
 pub const DEFAULT_INTERVAL: Duration = Duration::from_secs(5);
+
+/// The metrics file's permissions.
+const MODE: u32 = 0o644;
 
 /// The counters as text, in the OpenMetrics 1.0 format, which Prometheus takes.
 pub fn encode(counters: &Counters) -> String {
@@ -352,17 +358,41 @@ impl Drop for MetricsFile {
 
 /// Replaces the file at once by one with the counters as they are now.
 fn write(path: &Path, probe: &Probe) -> io::Result<()> {
-    use std::os::unix::fs::PermissionsExt;
-    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let name = path.file_name().unwrap_or_default();
-    let mut prefix = std::ffi::OsString::from(".");
-    prefix.push(name);
-    // What the umask leaves of it: the collector that reads the file is often another user.
-    let permissions = std::fs::Permissions::from_mode(0o666);
-    let mut file =
-        tempfile::Builder::new().prefix(&prefix).permissions(permissions).tempfile_in(directory)?;
-    file.write_all(encode(&probe.counters()).as_bytes())?;
-    file.persist(path).map(drop).map_err(|error| error.error)
+    let text = encode(&probe.counters());
+    let new = beside(path);
+    let replace = || {
+        let mut file = create(&new)?;
+        file.write_all(text.as_bytes())?;
+        fs::rename(&new, path)
+    };
+    replace().inspect_err(|_| {
+        // What there is of it takes up room, which may be what is missing.
+        let _ = fs::remove_file(&new);
+    })
+}
+
+/// Where the next file is while it is written: always the same name, so that a daxvm that is killed leaves one at most,
+/// and the next daxvm takes it away. Collectors pass over names that begin with a dot.
+fn beside(path: &Path) -> PathBuf {
+    let mut name = OsString::from(".");
+    name.push(path.file_name().unwrap_or_default());
+    name.push(".new");
+    path.with_file_name(name)
+}
+
+/// Makes a file that all can read, as collectors are often other users, and only its owner can write, whatever the umask:
+/// the server of shares has cleared it.
+fn create(path: &Path) -> io::Result<File> {
+    let create = || File::options().write(true).create_new(true).mode(MODE).open(path);
+    let file = match create() {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            fs::remove_file(path)?;
+            create()?
+        }
+        file => file?,
+    };
+    file.set_permissions(Permissions::from_mode(MODE))?;
+    Ok(file)
 }
 
 #[cfg(test)]
@@ -519,6 +549,18 @@ mod tests {
         thread::sleep(Duration::from_millis(20));
         assert_eq!(uptime(), last);
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1, "nothing else is left");
+    }
+
+    #[test]
+    fn all_can_read_it_and_what_a_killed_one_left_goes() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("metrics.prom");
+        // Longer than any metrics, and not even to be opened.
+        std::os::unix::fs::symlink("/nonexistent/file", beside(&path)).unwrap();
+        drop(MetricsFile::start(&path, DEFAULT_INTERVAL, machine().probe).unwrap());
+        assert_eq!(path.metadata().unwrap().permissions().mode() & 0o7777, 0o644);
+        assert!(fs::read_to_string(&path).unwrap().ends_with("# EOF\n"));
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1, "nothing else is left");
     }
 
     #[test]

@@ -117,6 +117,11 @@ fn run(vcpu: &mut VcpuFd, buses: &Buses, memory: &Memory, orders: &Orders) -> Re
                 if orders.look.swap(false, Ordering::AcqRel) {
                     // What it finds besides is the guest's normal work.
                     let _ = inspect(vcpu, memory, None, false);
+                } else {
+                    // Nobody here has interrupted it, so the process was stopped, or frozen with its control group or its host.
+                    // The guest is to know, or it would take CPUs that stood still for ones that hang. Without a clock of KVM's
+                    // it cannot be told, which is what the call's error says.
+                    let _ = vcpu.kvmclock_ctrl();
                 }
             }
             Err(error) if error.errno() == libc::EFAULT => {

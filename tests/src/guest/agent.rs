@@ -6,7 +6,9 @@ use std::io::{self, BufRead};
 
 use serde::Serialize;
 
-use super::ops::{Mapping, changing, contest, files, maps, passes, per_file, read, small, system, write};
+use super::ops::{
+    Mapping, changing, contest, files, journal, maps, passes, per_file, read, small, system, write,
+};
 use super::rogue::Rogue;
 use super::wire::{Line, read_line};
 use super::{End, Failure, Op, Reply};
@@ -77,6 +79,9 @@ impl Agent {
             Op::ReadBytes(path, offset, len) => done(read::read_bytes(&path, offset, len)),
             Op::Write(request) => done(write::write(&request)),
             Op::Changing(ask) => done(changing::changing(&ask)),
+            Op::Journal(ask) => {
+                done(journal::journal(&ask, |path, number| println!("synced {path} {number}")))
+            }
             Op::Contest(ask) => done(contest::contest(&ask)),
             Op::Open(path, how) => done(files::open(&path, how).map(|file| self.keep_file(file))),
             Op::ReadAt(id, offset, len) => done(read::read_at(self.file(id)?, offset, len)),

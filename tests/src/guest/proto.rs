@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::data::{Content, word};
-use super::{Bytes, Changing, Contest, GuestPath, MakeKnown, OpenLoop};
+use super::{Bytes, Changing, Contest, GuestPath, Journal, MakeKnown, OpenLoop};
 use crate::inode_flags::Extended;
 
 /// A reply: the op's own type in JSON, or why there is none.
@@ -114,6 +114,8 @@ pub enum Op {
     Write(Write),
     /// Reads and writes a file that the host changes meanwhile. -> [`super::Met`]
     Changing(Changing),
+    /// Writes records that are durable one by one, and prints a line for each.
+    Journal(Journal),
     /// Has groups of readers read for some time. -> [`Vec<super::Fared>`](super::Fared), crowd by crowd
     Contest(Contest),
 

@@ -1,7 +1,7 @@
 //! What to boot.
 
 use std::env;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -66,6 +66,8 @@ pub struct VmBuilder {
     cmdline: String,
     shares: Vec<Share>,
     more: Vec<OsString>,
+    under: Vec<OsString>,
+    report: Option<PathBuf>,
     deadline: Duration,
 }
 
@@ -79,6 +81,8 @@ impl VmBuilder {
             cmdline: "console=ttyS0 quiet".into(),
             shares: Vec::new(),
             more: Vec::new(),
+            under: Vec::new(),
+            report: None,
             deadline: DEADLINE,
         }
     }
@@ -113,6 +117,19 @@ impl VmBuilder {
         self
     }
 
+    /// Has another program start `daxvm`, which it is given as its last arguments: `prlimit --nofile=100`. It must become
+    /// daxvm (exec), and not stay beside it.
+    pub fn under(mut self, words: &[impl AsRef<OsStr>]) -> VmBuilder {
+        self.under = words.iter().map(|word| word.as_ref().to_owned()).collect();
+        self
+    }
+
+    /// Has the report written here, and not where [`super::Ended::report`] has it from.
+    pub fn report(mut self, path: &Path) -> VmBuilder {
+        self.report = Some(path.to_owned());
+        self
+    }
+
     /// How long each step may take, before `DEADLINE_SCALE`.
     pub fn deadline(mut self, deadline: Duration) -> VmBuilder {
         self.deadline = deadline;
@@ -131,9 +148,15 @@ impl VmBuilder {
     pub fn start(&self) -> Result<Vm, VmError> {
         let initrd = self.kernel.initrd()?;
         let scale = env::var("DEADLINE_SCALE").ok().and_then(|text| text.parse().ok()).unwrap_or(1.0);
-        let program = daxvm();
-        let mut command = Command::new(&program);
-        command.arg("run").arg("--kernel").arg(self.kernel.image()).arg("--initrd").arg(initrd);
+        let words: Vec<_> = self.under.iter().cloned().chain([daxvm().into_os_string()]).collect();
+        let mut command = Command::new(&words[0]);
+        command
+            .args(&words[1..])
+            .arg("run")
+            .arg("--kernel")
+            .arg(self.kernel.image())
+            .arg("--initrd")
+            .arg(initrd);
         let more = env::var("GUEST_CMDLINE").unwrap_or_default();
         command.arg("--cmdline").arg(format!("{} {more}", self.cmdline).trim_end());
         command.args(["--cpus", &self.cpus.to_string(), "--memory", &self.memory]);
@@ -141,7 +164,7 @@ impl VmBuilder {
             command.arg("--share").arg(&share.0);
         }
         command.args(&self.more);
-        Vm::spawn(command, self.deadline.mul_f64(scale))
+        Vm::spawn(command, self.report.as_deref(), self.deadline.mul_f64(scale))
     }
 }
 

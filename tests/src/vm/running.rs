@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::fs;
+use std::path::Path;
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::thread;
@@ -45,9 +46,13 @@ impl Vm {
         VmBuilder::new(kernel)
     }
 
-    pub(super) fn spawn(mut command: Command, deadline: Duration) -> Result<Vm, VmError> {
+    pub(super) fn spawn(
+        mut command: Command,
+        report: Option<&Path>,
+        deadline: Duration,
+    ) -> Result<Vm, VmError> {
         let files = TempDir::new_in(scratch()).map_err(VmError::system("a temporary directory"))?;
-        command.arg("--report").arg(files.path().join("report.json"));
+        command.arg("--report").arg(report.map_or_else(|| files.path().join("report.json"), Path::to_owned));
         Vm::start(command, deadline, files)
     }
 
@@ -86,16 +91,35 @@ impl Vm {
 
     /// Has the guest do something, and waits for what it answers.
     pub fn call<T: DeserializeOwned>(&mut self, op: &Op) -> Result<T, VmError> {
-        self.send(op)?;
+        self.begin(op)?;
+        self.finish(op)
+    }
+
+    /// Has the guest do something, and does not wait for it: what it answers is to be awaited by [`Vm::finish`], or never.
+    pub fn begin(&mut self, op: &Op) -> Result<(), VmError> {
+        if self.lost {
+            return Err(VmError::Lost);
+        }
+        write_line(&mut self.stdin, op).map_err(|error| self.gone(op, format!("the console: {error}")))
+    }
+
+    /// Waits for what the guest answers to what was begun.
+    pub fn finish<T: DeserializeOwned>(&mut self, op: &Op) -> Result<T, VmError> {
         match self.next_event(op)? {
             Event::Reply(reply) => Ok(serde_json::from_value(reply.map_err(VmError::Guest)?)?),
             _ => Err(self.gone(op, "the agent has started anew".into())),
         }
     }
 
+    /// Ends the program with SIGKILL, as it stands.
+    pub fn kill(mut self) -> Result<Ended, VmError> {
+        self.end_process();
+        self.wait_ended(&"SIGKILL")
+    }
+
     /// Ends the guest from inside and waits until the program has ended.
     pub fn end(mut self, end: End) -> Result<Ended, VmError> {
-        self.send(&Op::End(end))?;
+        self.begin(&Op::End(end))?;
         self.wait_ended(&end)
     }
 
@@ -129,13 +153,6 @@ impl Vm {
         std::mem::replace(&mut self.deadline, deadline)
     }
 
-    fn send(&mut self, op: &Op) -> Result<(), VmError> {
-        if self.lost {
-            return Err(VmError::Lost);
-        }
-        write_line(&mut self.stdin, op).map_err(|error| self.gone(op, format!("the console: {error}")))
-    }
-
     fn next_event(&mut self, what: &dyn fmt::Debug) -> Result<Event, VmError> {
         if self.lost {
             return Err(VmError::Lost);
@@ -157,14 +174,14 @@ impl Vm {
             Ok(Some(status)) => format!("daxvm ended, {status}"),
             _ => "daxvm still runs".to_owned(),
         };
-        self.kill();
+        self.end_process();
         VmError::Gone { what: shorten(what), why: format!("{why}; {status}"), console: self.tail() }
     }
 
     fn overdue(&mut self, what: &dyn fmt::Debug) -> VmError {
         self.lost = true;
         let console = format!("{}\nIts threads:\n{}", self.tail(), self.host().threads());
-        self.kill();
+        self.end_process();
         VmError::Deadline { what: shorten(what), seconds: self.deadline.as_secs(), console }
     }
 
@@ -195,7 +212,7 @@ impl Vm {
         })
     }
 
-    fn kill(&mut self) {
+    fn end_process(&mut self) {
         // It may have ended by itself in between: then there is nothing to do.
         let _ = self.child.kill();
         let _ = self.child.wait();
@@ -204,7 +221,7 @@ impl Vm {
 
 impl Drop for Vm {
     fn drop(&mut self) {
-        self.kill();
+        self.end_process();
     }
 }
 

@@ -75,7 +75,7 @@ impl Drop for Disk {
 }
 
 /// An ext4 of 32 MiB in a file of `dir`, by way of device mapper: the second is the name of the device.
-fn ext4(dir: &Path, name: &str) -> Result<Disk, Box<dyn std::error::Error>> {
+pub fn ext4(dir: &Path, name: &str) -> Result<Disk, Box<dyn std::error::Error>> {
     let image = dir.join("image");
     File::create(&image)?.set_len(32 << 20)?;
     let image = image.to_str().ok_or("a path that is no text")?;

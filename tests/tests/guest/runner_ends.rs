@@ -171,7 +171,7 @@ pub fn processes() -> std::io::Result<BTreeSet<String>> {
 }
 
 /// The processes of this program, and what is in the directories where programs leave things.
-fn traces() -> std::io::Result<BTreeSet<String>> {
+pub fn traces() -> std::io::Result<BTreeSet<String>> {
     let mut traces = processes()?;
     for dir in ["/tmp", "/run", "/dev/shm", "/var/tmp"] {
         for entry in fs::read_dir(dir).into_iter().flatten().flatten() {

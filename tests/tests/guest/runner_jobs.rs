@@ -74,36 +74,21 @@ fn many_boots(kernel: &Kernel) -> Outcome {
     for number in 1..=boots {
         boot().map_err(|error| format!("boot {number} of {boots}: {error}"))?;
     }
-    let after = Host::now()?;
     ensure!(processes()?.is_empty(), "left behind: {:?}", processes()?);
     let files = names(temporary.path())?;
     ensure!(files.is_empty(), "left in TMPDIR: {files:?}");
-    ensure_eq!(after.shared, before.shared, "/dev/shm and /run");
-    // The kernel's own caches vary; a guest that stayed would be 512 MiB, and a descriptor a boot 200 of them.
-    ensure!(
-        after.available_kib + (64 << 10) > before.available_kib,
-        "{} KiB of memory were available, now {}",
-        before.available_kib,
-        after.available_kib
-    );
-    ensure!(
-        after.open_files < before.open_files + 50,
-        "{} files were open on the host, now {}",
-        before.open_files,
-        after.open_files
-    );
-    Ok(())
+    before.ensure_unchanged()
 }
 
 /// What boots could use up.
-struct Host {
+pub struct Host {
     available_kib: u64,
     open_files: u64,
     shared: Vec<String>,
 }
 
 impl Host {
-    fn now() -> Result<Host, Box<dyn std::error::Error>> {
+    pub fn now() -> Result<Host, Box<dyn std::error::Error>> {
         // What can be given back is not in use.
         fs::write("/proc/sys/vm/drop_caches", "3")?;
         let meminfo = fs::read_to_string("/proc/meminfo")?;
@@ -114,9 +99,30 @@ impl Host {
         let shared = [names(Path::new("/dev/shm"))?, names(Path::new("/run"))?].concat();
         Ok(Host { available_kib: available.parse()?, open_files: open.parse()?, shared })
     }
+
+    /// Whether nothing has been used up since.
+    pub fn ensure_unchanged(&self) -> Outcome {
+        let after = Host::now()?;
+        ensure_eq!(after.shared, self.shared, "/dev/shm and /run");
+        // The kernel's own caches vary; a guest that stayed would be 512 MiB, and a descriptor a boot 200 of them.
+        ensure!(
+            after.available_kib + (64 << 10) > self.available_kib,
+            "{} KiB of memory were available, now {}",
+            self.available_kib,
+            after.available_kib
+        );
+        ensure!(
+            after.open_files < self.open_files + 50,
+            "{} files were open on the host, now {}",
+            self.open_files,
+            after.open_files
+        );
+        Ok(())
+    }
 }
 
-fn names(dir: &Path) -> std::io::Result<Vec<String>> {
+/// The names in a directory, sorted.
+pub fn names(dir: &Path) -> std::io::Result<Vec<String>> {
     let mut names = Vec::new();
     for entry in fs::read_dir(dir)? {
         names.push(entry?.file_name().to_string_lossy().into_owned());

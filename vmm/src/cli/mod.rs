@@ -13,11 +13,14 @@ mod share;
 mod test;
 mod top;
 
+use std::error::Error;
 use std::process::ExitCode;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 pub(crate) use devices::text::chain;
+
+use crate::logging;
 
 /// Exit status of an error of the VMM or of its configuration.
 pub const STATUS_ERROR: u8 = 125;
@@ -59,7 +62,7 @@ pub fn main() -> ExitCode {
             return ExitCode::from(status);
         }
     };
-    init_logging();
+    logging::init();
     let result = match cli.command {
         Command::Run(args) => args.execute(),
         Command::Test(args) => args.execute(),
@@ -70,12 +73,26 @@ pub fn main() -> ExitCode {
         Command::Completions(args) => args.execute(),
         Command::Man(args) => args.execute(),
     };
+    logging::end();
     match result {
         Ok(status) => ExitCode::from(status),
         Err(error) => {
-            eprintln!("daxvm: {}", chain(&*error));
+            eprintln!("daxvm: {}{}", chain(&*error), advice(&*error));
             ExitCode::from(STATUS_ERROR)
         }
+    }
+}
+
+/// What to do about an error that any call can have, to be put behind its message.
+fn advice(error: &(dyn Error + 'static)) -> &'static str {
+    let codes = std::iter::successors(Some(error), |&error| error.source()).filter_map(|error| {
+        let of_kvm = || error.downcast_ref::<kvm_ioctls::Error>().map(|error| error.errno());
+        error.downcast_ref::<std::io::Error>().and_then(std::io::Error::raw_os_error).or_else(of_kvm)
+    });
+    match codes.last() {
+        Some(libc::EMFILE) => "; raise the limit of open files (ulimit -Hn)",
+        Some(libc::ENFILE) => "; raise the host's limit of open files (fs.file-max)",
+        _ => "",
     }
 }
 
@@ -91,13 +108,4 @@ fn with_tip(mut error: clap::Error) -> clap::Error {
         error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![tip.into()]));
     }
     error
-}
-
-fn init_logging() {
-    use tracing_subscriber::EnvFilter;
-    // fuse-backend-rs logs errors that a guest can cause at will; the device reports what matters of them.
-    let default = || EnvFilter::new("warn,fuse_backend_rs=off");
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| default());
-    // The first subscriber of the process; a second one is only possible where the library is embedded.
-    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
 }

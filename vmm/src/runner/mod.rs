@@ -63,7 +63,9 @@ pub enum RunError {
         source: io::Error,
     },
     /// The report cannot be written.
-    #[error("Cannot write the report {path}")]
+    #[error(
+        "Cannot write the report {path}: name a file that you may write to, in a directory that exists and has room"
+    )]
     Report {
         /// The file.
         path: PathBuf,
@@ -141,7 +143,11 @@ struct ReportFile(Option<(PathBuf, File)>);
 impl ReportFile {
     fn write(self, report: &Report) -> Result<(), RunError> {
         let Some((path, file)) = self.0 else { return Ok(()) };
-        report.write(file).map_err(|source| RunError::Report { path, source })
+        report.write(&file).map_err(|source| {
+            // Half a report would be taken for one that is damaged.
+            let _ = file.set_len(0);
+            RunError::Report { path, source }
+        })
     }
 }
 

@@ -27,7 +27,7 @@ pub(super) fn run(plan: Plan, signals: Signals, begin: Instant) -> Result<u8, Ru
     restore_terminal();
     drop(observers);
     let report = result.map_err(system("run the guest"))?;
-    report_file.write(&report)?;
     explain::own_init(&report.reason, || vm.console_tail(explain::TAIL_LINES));
+    report_file.write(&report)?;
     Ok(report.status)
 }

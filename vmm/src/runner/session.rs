@@ -105,9 +105,9 @@ pub(super) fn run(plan: Plan, task: Task, signals: Signals, begin: Instant) -> R
     drop(observers);
     let mut report = result.map_err(system("run the guest"))?;
     complete(&mut report, &progress, begin);
-    report_file.write(&report)?;
     let context = explain::Context { plan: &plan, command: &task.command, is_ready: progress.is_ready() };
     explain::command(&report.reason, &context, || vm.console_tail(explain::TAIL_LINES));
+    report_file.write(&report)?;
     Ok(report.status)
 }
 

@@ -6,7 +6,7 @@ use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{PermissionsExt, symlink};
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::{Arc, Condvar, Mutex};
@@ -269,6 +269,27 @@ fn a_forbidden_call_is_named_with_its_thread() {
         }),
         "daxvm: thread fs0-root made the forbidden system call socket (41): ",
     );
+}
+
+/// As the C library does for a moment where it starts threads and programs.
+#[test]
+fn a_forbidden_call_with_signals_blocked_ends_the_process_without_a_word() {
+    let name = "a_forbidden_call_with_signals_blocked_ends_the_process_without_a_word";
+    let output = in_own_process(name, None, |place| {
+        place.confine();
+        // SAFETY: a signal set is bytes, which the first call fills and the second one reads.
+        unsafe {
+            let mut all = std::mem::zeroed();
+            libc::sigfillset(&mut all);
+            libc::pthread_sigmask(libc::SIG_SETMASK, &all, std::ptr::null_mut());
+        }
+        let _ = std::net::TcpStream::connect("127.0.0.1:1");
+        eprintln!("the forbidden call came back");
+    });
+    let Some(output) = output else { return };
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.signal(), Some(libc::SIGSYS), "{error}");
+    assert!(!error.contains("forbidden"), "{error}");
 }
 
 #[test]

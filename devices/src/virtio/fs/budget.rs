@@ -20,7 +20,7 @@ use super::window::CHUNK_SIZE;
 /// disks, and those that a request needs while it is served.
 const RESERVED: u64 = 512;
 
-/// The least that a share gets, however few there are.
+/// The least that a share gets; no VM starts without as many.
 const LEAST: u64 = 128;
 
 /// The limit of open files that a privileged process asks for, if it has less.
@@ -32,8 +32,30 @@ const SHARDS: usize = 16;
 /// Raises the process's limit of open files as far as it may, and says how many descriptors each of its shares can have
 /// for the files that its guest knows or has open ([`super::FileSystemConfig::descriptors`]). `windows` are the sizes of
 /// the shares' DAX windows in bytes, 0 for none: a chunk can show a file that nothing else holds open.
-pub fn descriptors_per_share(windows: &[u64]) -> u64 {
-    divide(raise_open_file_limit(), windows)
+///
+/// # Errors
+/// The limit is too low for so many shares. Without any, each number of descriptors is one to try with.
+pub fn descriptors_per_share(windows: &[u64]) -> Result<u64, TooFewDescriptors> {
+    enough(raise_open_file_limit(), windows)
+}
+
+/// The process may have too few files open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "The limit of open files is {limit}, and {needed} are needed for {shares} shares: raise the hard limit (ulimit -Hn {needed})"
+)]
+pub struct TooFewDescriptors {
+    limit: u64,
+    needed: u64,
+    shares: usize,
+}
+
+fn enough(limit: u64, windows: &[u64]) -> Result<u64, TooFewDescriptors> {
+    let (shares, needed) = (windows.len(), RESERVED + LEAST * windows.len() as u64);
+    match shares > 0 && limit < needed {
+        true => Err(TooFewDescriptors { limit, needed, shares }),
+        false => Ok(divide(limit, windows)),
+    }
 }
 
 /// The same for a process that may have `limit` descriptors.
@@ -198,6 +220,17 @@ mod tests {
     }
 
     #[test]
+    fn a_limit_that_is_too_low_is_told_with_what_is_needed() {
+        assert_eq!(enough(640, &[0]), Ok(128));
+        let error = enough(640, &[0, 0]).unwrap_err().to_string();
+        assert!(
+            error.contains("is 640, and 768 are needed for 2 shares") && error.contains("ulimit -Hn 768"),
+            "{error}"
+        );
+        assert!(enough(20, &[]).is_ok(), "without shares nobody takes them");
+    }
+
+    #[test]
     fn nodes_and_what_is_open_count_alike() {
         let budget = budget(3);
         budget.know(7).unwrap();
@@ -243,7 +276,7 @@ mod tests {
         assert_eq!(divide(20_512, &[100 * CHUNK_SIZE, 300 * CHUNK_SIZE]), 9_800);
         // A window of 8 GiB could take them all.
         assert_eq!(divide(4_512, &[4096 * CHUNK_SIZE]), 3_000);
-        assert_eq!(divide(0, &[0]), LEAST);
+        assert_eq!(divide(640, &[0]), LEAST);
         assert_eq!(divide(u64::MAX, &[]), u64::MAX - RESERVED);
     }
 

@@ -29,7 +29,7 @@ mod thrash;
 pub mod window;
 
 pub use self::accounts::{CHURN_TIME, FileCounters, FileTable, MAX_FILES};
-pub use self::budget::descriptors_per_share;
+pub use self::budget::{TooFewDescriptors, descriptors_per_share};
 pub use self::cache::{CacheMode, UnknownCacheMode};
 pub use self::counters::{CountersHandle, FileSystemCounters};
 pub use self::decisions::DecisionCount;

@@ -3,6 +3,7 @@
 pub(super) mod changing;
 pub(super) mod contest;
 pub(super) mod files;
+pub(super) mod journal;
 pub(super) mod maps;
 pub(super) mod passes;
 pub(super) mod per_file;

@@ -97,7 +97,10 @@ pub(super) static WINDOW: Table = Table {
 pub(super) static VCPU: Table = Table {
     always: &[],
     limited: &[
-        Limited(ioctl, When::OneOf(1, &[KVM_RUN, KVM_GET_REGS, KVM_GET_SREGS, KVM_SET_SREGS])),
+        Limited(
+            ioctl,
+            When::OneOf(1, &[KVM_RUN, KVM_GET_REGS, KVM_GET_SREGS, KVM_SET_SREGS, KVM_KVMCLOCK_CTRL]),
+        ),
         // BARs that are moved, vectors, doorbells.
         Limited(
             ioctl,
@@ -201,5 +204,6 @@ const KVM_RUN: u32 = opcode::none(KVM, 0x80);
 const KVM_GET_REGS: u32 = opcode::read::<kvm_regs>(KVM, 0x81);
 const KVM_GET_SREGS: u32 = opcode::read::<kvm_sregs>(KVM, 0x83);
 const KVM_SET_SREGS: u32 = opcode::write::<kvm_sregs>(KVM, 0x84);
+const KVM_KVMCLOCK_CTRL: u32 = opcode::none(KVM, 0xad);
 /// With struct kvm_pre_fault_memory, of 64 bytes.
 const KVM_PRE_FAULT_MEMORY: u32 = opcode::read_write::<[u64; 8]>(KVM, 0xd5);
