@@ -18,7 +18,7 @@ use tests::guest::{Journal, Op};
 use tests::vm::{Kernel, Share, Vm, VmBuilder, scratch};
 
 use crate::faults_of_host;
-use crate::harness::{Outcome, PLACES, Places, end_current, ensure, ensure_ended, ensure_eq, trial};
+use crate::harness::{Outcome, PLACES, Places, ensure, ensure_ended, ensure_eq, own_trial};
 use crate::host_file_systems::{Disk, ext4};
 use crate::runner_ends::{processes, traces};
 use crate::runner_jobs::{Host, names};
@@ -45,11 +45,7 @@ pub fn trials(places: &Result<Places, String>, kernel: &'static str, trials: &mu
     ];
     checks.extend(faults_of_host::checks());
     for (name, check) in checks {
-        let name = format!("{}/{name}", kernel.trim_end_matches("-cloud"));
-        trials.push(trial(name, places, move |places| {
-            end_current();
-            check(&Kernel::find(kernel)?, places)
-        }));
+        trials.push(own_trial(kernel, &name, places, check));
     }
 }
 

@@ -314,6 +314,19 @@ pub fn trial(
     trial.with_ignored_flag(is_long)
 }
 
+/// A test that boots machines of its own, so the one that serves other checks is ended before. `name` follows the kernel's.
+pub fn own_trial(
+    kernel: &'static str,
+    name: &str,
+    places: &Result<Places, String>,
+    run: impl FnOnce(&Kernel, &Places) -> Outcome + Send + 'static,
+) -> Trial {
+    trial(format!("{}/{name}", kernel.trim_end_matches("-cloud")), places, move |places| {
+        end_current();
+        run(&Kernel::find(kernel)?, places)
+    })
+}
+
 /// Where a check plays: a guest, and one file system that the host shares with it.
 pub struct Scene<'a> {
     /// The guest.

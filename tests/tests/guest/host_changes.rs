@@ -14,7 +14,7 @@ use tests::guest::data::Content;
 use tests::guest::{Changing, DirectRead, Met, Op};
 use tests::vm::{Ended, Kernel, Share, Vm, WindowCounts};
 
-use crate::harness::{Outcome, PLACES, Places, end_current, ensure, ensure_ended, ensure_eq, trial};
+use crate::harness::{Outcome, PLACES, Places, ensure, ensure_ended, ensure_eq, own_trial};
 
 /// How long the guest may take to open a file.
 const OPENED: Duration = Duration::from_secs(3);
@@ -34,22 +34,19 @@ pub fn trials(places: &Result<Places, String>, kernel: &'static str, trials: &mu
     for cpus in [1, 4] {
         for place in PLACES {
             for &(name, check) in checks {
-                let name = format!("{}/{cpus}cpu/{place}/host/{name}", kernel.trim_end_matches("-cloud"));
-                trials.push(trial(name, places, move |places| {
-                    end_current();
+                let name = format!("{cpus}cpu/{place}/host/{name}");
+                trials.push(own_trial(kernel, &name, places, move |kernel, places| {
                     let dir = tempfile::tempdir_in(places.dir(place))?;
-                    check(&Kernel::find(kernel)?, cpus, dir.path())
+                    check(kernel, cpus, dir.path())
                 }));
             }
         }
     }
     let of_the_host: &[(&str, PlainCheck)] = &[("no-mappings-left", no_mappings_left)];
     for &(name, check) in of_the_host.iter().chain(crate::host_file_systems::CHECKS) {
-        let name = format!("{}/host/{name}", kernel.trim_end_matches("-cloud"));
-        trials.push(trial(name, places, move |places| {
-            end_current();
+        trials.push(own_trial(kernel, &format!("host/{name}"), places, move |kernel, places| {
             let dir = tempfile::tempdir_in(places.dir("tmpfs"))?;
-            check(&Kernel::find(kernel)?, dir.path())
+            check(kernel, dir.path())
         }));
     }
 }

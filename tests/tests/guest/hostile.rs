@@ -14,7 +14,7 @@ use rustix::fs::{CWD, FileType, Mode};
 use tests::guest::{Op, PROGRAMS, SECRET, SHARED_BIG, SHARED_FILE, Tried};
 use tests::vm::{Kernel, Share, Vm};
 
-use crate::harness::{Outcome, Places, end_current, ensure, ensure_content, ensure_ended, ensure_eq, trial};
+use crate::harness::{Outcome, Places, ensure, ensure_content, ensure_ended, ensure_eq, own_trial};
 
 /// The least number of attempts that are made.
 const ATTEMPTS: usize = 60;
@@ -24,11 +24,7 @@ const LARGE: u64 = 1 << 20;
 
 /// The checks that boot a machine of their own.
 pub fn trials(places: &Result<Places, String>, kernel: &'static str, trials: &mut Vec<Trial>) {
-    let name = format!("{}/long/hostile/a-driver-of-the-guests-own", kernel.trim_end_matches("-cloud"));
-    trials.push(trial(name, places, move |places| {
-        end_current();
-        own_driver(&Kernel::find(kernel)?, places)
-    }));
+    trials.push(own_trial(kernel, "long/hostile/a-driver-of-the-guests-own", places, own_driver));
 }
 
 /// Two shares beside a secret.

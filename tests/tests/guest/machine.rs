@@ -6,7 +6,7 @@ use libtest_mimic::Trial;
 use tests::guest::{End, Op};
 use tests::vm::{Kernel, Share, Vm};
 
-use crate::harness::{Outcome, Places, end_current, ensure, ensure_ended, ensure_eq, trial};
+use crate::harness::{Outcome, Places, ensure, ensure_ended, ensure_eq, own_trial};
 use crate::lifecycle::unbind_with_mappings_live;
 
 type MachineCheck = fn(&Kernel, &Places) -> Outcome;
@@ -32,11 +32,7 @@ pub fn trials(places: &Result<Places, String>, kernel: &'static str, trials: &mu
         ("device-is-taken-away-with-mappings-live", unbind_with_mappings_live),
     ];
     for &(name, check) in checks {
-        let name = format!("{}/machine/{name}", kernel.trim_end_matches("-cloud"));
-        trials.push(trial(name, places, move |places| {
-            end_current();
-            check(&Kernel::find(kernel)?, places)
-        }));
+        trials.push(own_trial(kernel, &format!("machine/{name}"), places, check));
     }
 }
 

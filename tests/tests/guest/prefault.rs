@@ -11,7 +11,7 @@ use tests::guest::data::Content;
 use tests::guest::{Access, Op, Random};
 use tests::vm::{Kernel, Report, Share, Vm};
 
-use crate::harness::{Outcome, PLACES, Places, end_current, ensure, ensure_eq, trial};
+use crate::harness::{Outcome, PLACES, Places, ensure, ensure_eq, own_trial};
 use crate::host_file_systems::Disk;
 
 /// The file, which is in the host's page cache unless a check throws it out.
@@ -29,11 +29,10 @@ pub fn trials(places: &Result<Places, String>, kernel: &'static str, trials: &mu
     let on_memory: &[(&str, PrefaultCheck)] = &[("huge-pages", huge_pages)];
     let mut add = |place: &'static str, checks: &[(&str, PrefaultCheck)]| {
         for &(name, check) in checks {
-            let name = format!("{}/1cpu/{place}/prefault/{name}", kernel.trim_end_matches("-cloud"));
-            trials.push(trial(name, places, move |places| {
-                end_current();
+            let name = format!("1cpu/{place}/prefault/{name}");
+            trials.push(own_trial(kernel, &name, places, move |kernel, places| {
                 let dir = tempfile::tempdir_in(places.dir(place))?;
-                check(&Kernel::find(kernel)?, dir.path())
+                check(kernel, dir.path())
             }));
         }
     };

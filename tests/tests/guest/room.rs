@@ -12,7 +12,7 @@ use tests::guest::data::Content;
 use tests::guest::{Contest, Crowd, Fared, GuestPath, Op, OpenHow, ReadOrder, Stat};
 use tests::vm::{Ended, Kernel, Share, Vm};
 
-use crate::harness::{Outcome, Places, end_current, ensure, ensure_ended, ensure_eq, trial};
+use crate::harness::{Outcome, Places, ensure, ensure_ended, ensure_eq, own_trial};
 
 const MIB: u64 = 1 << 20;
 /// How long crowds read.
@@ -29,11 +29,10 @@ pub fn trials(places: &Result<Places, String>, kernel: &'static str, trials: &mu
     ];
     for cpus in [1, 4] {
         for &(name, check) in checks {
-            let name = format!("{}/{cpus}cpu/tmpfs/room/{name}", kernel.trim_end_matches("-cloud"));
-            trials.push(trial(name, places, move |places| {
-                end_current();
+            let name = format!("{cpus}cpu/tmpfs/room/{name}");
+            trials.push(own_trial(kernel, &name, places, move |kernel, places| {
                 let dir = tempfile::tempdir_in(places.dir("tmpfs"))?;
-                check(&Kernel::find(kernel)?, cpus, dir.path())
+                check(kernel, cpus, dir.path())
             }));
         }
     }

@@ -11,7 +11,7 @@ use libtest_mimic::Trial;
 use tests::guest::data::Content;
 use tests::vm::{CommandEnded, CommandRun, Kernel, scratch};
 
-use crate::harness::{Outcome, Places, end_current, ensure, ensure_eq, trial};
+use crate::harness::{Outcome, Places, ensure, ensure_eq, own_trial};
 use crate::{runner_disks, runner_ends, runner_jobs, runner_terminal, sandbox, seen};
 
 /// A check that runs commands with one kernel.
@@ -44,16 +44,12 @@ pub fn trials(places: &Result<Places, String>, kernel: &'static str, trials: &mu
         checks.extend(runner_jobs::checks());
         checks.extend(runner_disks::checks());
     }
-    let short = kernel.trim_end_matches("-cloud");
     let mut named: Vec<_> =
-        checks.into_iter().map(|(name, check)| (format!("{short}/runner/{name}"), check)).collect();
+        checks.into_iter().map(|(name, check)| (format!("runner/{name}"), check)).collect();
     let (name, check) = runner_jobs::LONG;
-    named.push((format!("{short}/long/{name}"), check));
+    named.push((format!("long/{name}"), check));
     for (name, check) in named {
-        trials.push(trial(name, places, move |_| {
-            end_current();
-            check(&Kernel::find(kernel)?)
-        }));
+        trials.push(own_trial(kernel, &name, places, move |kernel, _| check(kernel)));
     }
 }
 

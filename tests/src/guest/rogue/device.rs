@@ -275,11 +275,16 @@ impl Device {
 
     /// Has the device carry out a chain of requests.
     pub fn exchange(&mut self, chain: &[Descriptor]) -> Result<Answer, Failure> {
-        self.write_table(REQUESTS, chain);
         self.memory.fill(REPLY, 16, 0);
-        self.offer(REQUESTS, 0);
-        self.ring(REQUESTS)?;
+        self.post(chain)?;
         self.answer(PATIENCE)
+    }
+
+    /// Makes a chain of requests available and rings.
+    pub fn post(&mut self, chain: &[Descriptor]) -> Result<(), Failure> {
+        self.write_table(REQUESTS, chain);
+        self.offer(REQUESTS, 0);
+        self.ring(REQUESTS)
     }
 
     /// Waits for what comes of the next chain.

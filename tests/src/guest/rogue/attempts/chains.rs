@@ -8,7 +8,7 @@ use super::Attempt;
 use crate::guest::Failure;
 use crate::guest::rogue::device::{
     Descriptor, Device, INDIRECT, INDIRECT_TABLE, NEXT, PATIENCE, QUEUE_SIZE, REPLY, REPLY_ROOM, REQUEST,
-    REQUESTS, WRITE,
+    WRITE,
 };
 use crate::guest::rogue::fuse::{Asker, MAP_READ, ROOT, message, nul};
 use crate::guest::rogue::{Expected, Rogue};
@@ -181,9 +181,7 @@ fn over_itself(rogue: &mut Rogue) -> Result<(), Failure> {
     let device = &mut rogue.device;
     device.memory.write(REPLY, &request);
     let [first, reply] = device.chain(request.len());
-    device.write_table(REQUESTS, &[Descriptor { address: reply.address, ..first }, reply]);
-    device.offer(REQUESTS, 0);
-    device.ring(REQUESTS)?;
+    device.post(&[Descriptor { address: reply.address, ..first }, reply])?;
     let answer = device.answer(PATIENCE)?;
     rogue.expect("a reply over its own request", Expected::Done, answer);
     Ok(())

@@ -73,9 +73,7 @@ fn negotiate(rogue: &mut Rogue, features: u64, agrees: bool) -> Result<(), Failu
     device.set_queue(REQUESTS, QUEUE_SIZE, device.rings(REQUESTS))?;
     device.go()?;
     let chain = device.put(&Device::init_message(7));
-    device.write_table(REQUESTS, &chain);
-    device.offer(REQUESTS, 0);
-    device.ring(REQUESTS)?;
+    device.post(&chain)?;
     let patience = if agrees { PATIENCE } else { SHORT };
     let answer = device.answer(patience)?;
     let status = device.status()?;
@@ -104,9 +102,7 @@ fn failed(rogue: &mut Rogue) -> Result<(), Failure> {
     device.set_status(ACKNOWLEDGE | DRIVER | FEATURES_OK | FAILED)?;
     device.set_status(ALIVE | FAILED)?;
     let chain = device.put(&Device::init_message(7));
-    device.write_table(REQUESTS, &chain);
-    device.offer(REQUESTS, 0);
-    device.ring(REQUESTS)?;
+    device.post(&chain)?;
     let answer = device.answer(SHORT)?;
     rogue.expect("INIT", Expected::Silence, answer);
     Ok(())

@@ -143,9 +143,7 @@ fn used_in_file(rogue: &mut Rogue) -> Result<(), Failure> {
     device.start_with(FEATURES, Rings { used, ..rings })?;
     let chain = device.put(&Device::init_message(7));
     device.memory.fill(REPLY, 16, 0);
-    device.write_table(REQUESTS, &chain);
-    device.offer(REQUESTS, 0);
-    device.ring(REQUESTS)?;
+    device.post(&chain)?;
     let answer = device.await_reply()?;
     rogue.expect("the reply", Expected::Done, answer);
     rogue.read_only.read_file()
@@ -222,9 +220,7 @@ fn none_enabled(rogue: &mut Rogue) -> Result<(), Failure> {
     device.negotiate(FEATURES)?;
     device.go()?;
     let chain = device.put(&Device::init_message(7));
-    device.write_table(REQUESTS, &chain);
-    device.offer(REQUESTS, 0);
-    device.ring(REQUESTS)?;
+    device.post(&chain)?;
     let answer = device.answer(SHORT)?;
     rogue.expect("a queue that is not enabled", Expected::Silence, answer);
     Ok(())
