@@ -89,8 +89,9 @@ fn map(rogue: &mut Rogue, (node, _): (u64, u64), (source, _): (u64, u64)) -> Res
         let answer = rogue.device.map(node, 0, 0, flags)?;
         rogue.expect("SETUPMAPPING", Expected::Errno(libc::EPERM), answer);
     }
+    // With the bit that lets the group execute it: without, set-group-id means something else, and stays.
     let chmod = |mode| bytes(&SetattrIn { valid: MODE, mode, ..SetattrIn::default() });
-    let set_id = chmod(0o106_644);
+    let set_id = chmod(0o106_755);
     rogue.try_call("SETATTR", Expected::Done, Opcode::Setattr as u32, source, &[set_id])?;
     let answer = rogue.device.map(source, CHUNK, CHUNK, MAP_READ | MAP_WRITE)?;
     rogue.expect("SETUPMAPPING of the file", Expected::Done, answer);
