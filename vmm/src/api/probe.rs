@@ -162,13 +162,10 @@ pub(crate) mod testing {
     pub(crate) fn machine() -> Machine {
         let directory = tempfile::tempdir().unwrap();
         let share = |tag: &str, window| ShareConfig {
-            tag: tag.into(),
-            path: directory.path().into(),
             read_only: true,
             window: Some(window),
             dax: "auto".parse().unwrap(),
-            prefault: Default::default(),
-            cache: Default::default(),
+            ..ShareConfig::new(tag, directory.path())
         };
         let shares = vec![share("with \"window\"", 64 << 20), share("without", 0)];
         let devices: Vec<_> = shares

@@ -242,18 +242,6 @@ mod tests {
     use super::super::{DiskConfig, ShareConfig};
     use super::*;
 
-    fn share(tag: &str, path: &str) -> ShareConfig {
-        ShareConfig {
-            tag: tag.into(),
-            path: path.into(),
-            read_only: false,
-            window: None,
-            dax: DaxConfig::default(),
-            prefault: Default::default(),
-            cache: Default::default(),
-        }
-    }
-
     fn command() -> RunConfig {
         RunConfig { command: vec!["ls".into()], ..RunConfig::default() }
     }
@@ -317,23 +305,26 @@ mod tests {
             (RunConfig { directory: Some("/".into()), ..guest() }, "--chdir is for", "give one after `--`"),
             (RunConfig { modules: Some("/".into()), ..guest() }, "--modules is for", "give one after `--`"),
             (
-                RunConfig { shares: vec![share("a", "/"), share("a", "/")], ..guest() },
+                RunConfig { shares: vec![ShareConfig::new("a", "/"), ShareConfig::new("a", "/")], ..guest() },
                 "the tag `a`",
                 "another tag",
             ),
             (
-                RunConfig { shares: (0..25).map(|i| share(&i.to_string(), "/")).collect(), ..guest() },
+                RunConfig {
+                    shares: (0..25).map(|i| ShareConfig::new(&i.to_string(), "/")).collect(),
+                    ..guest()
+                },
                 "25 shares",
                 "at most 24",
             ),
             (
-                RunConfig { shares: vec![share("a", "/dev/null")], ..guest() },
+                RunConfig { shares: vec![ShareConfig::new("a", "/dev/null")], ..guest() },
                 "Share `a`: /dev/null: it is no directory",
                 "give one",
             ),
             (
                 RunConfig {
-                    shares: vec![ShareConfig { dax: DaxConfig::File(rules), ..share("a", "/") }],
+                    shares: vec![ShareConfig { dax: DaxConfig::File(rules), ..ShareConfig::new("a", "/") }],
                     ..guest()
                 },
                 "rules.toml:2:1: unknown key `defalt`",
@@ -387,7 +378,7 @@ mod tests {
             RunConfig { rw: vec![work], root, ..command() },
             RunConfig {
                 console: Some("stderr".into()),
-                shares: vec![share("a", "/"), share("b", "/")],
+                shares: vec![ShareConfig::new("a", "/"), ShareConfig::new("b", "/")],
                 ..guest()
             },
         ] {

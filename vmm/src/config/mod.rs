@@ -148,6 +148,21 @@ pub struct ShareConfig {
     pub cache: CacheMode,
 }
 
+impl ShareConfig {
+    /// A directory that the guest may change, with the defaults of the command line.
+    pub fn new(tag: &str, path: impl Into<PathBuf>) -> ShareConfig {
+        ShareConfig {
+            tag: tag.into(),
+            path: path.into(),
+            read_only: false,
+            window: None,
+            dax: DaxConfig::default(),
+            prefault: Prefault::default(),
+            cache: CacheMode::default(),
+        }
+    }
+}
+
 /// Which files of a share are DAX: the name of a policy (never, always, inode, size, size:BYTES, auto), or a rule file.
 /// As text, a rule file is what ends in `.toml` or has a slash.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -308,15 +323,7 @@ mod tests {
     }
 
     fn share(tag: &str) -> ShareConfig {
-        ShareConfig {
-            tag: tag.into(),
-            path: "/".into(),
-            read_only: false,
-            window: None,
-            dax: DaxConfig::default(),
-            prefault: Prefault::default(),
-            cache: CacheMode::Auto,
-        }
+        ShareConfig::new(tag, "/")
     }
 
     #[test]

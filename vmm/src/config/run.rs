@@ -185,18 +185,6 @@ impl RunConfig {
 mod tests {
     use super::*;
 
-    fn share(tag: &str, path: &str) -> ShareConfig {
-        ShareConfig {
-            tag: tag.into(),
-            path: path.into(),
-            read_only: false,
-            window: None,
-            dax: DaxConfig::default(),
-            prefault: Default::default(),
-            cache: Default::default(),
-        }
-    }
-
     fn variable(name: &str, value: &str) -> (String, Option<String>) {
         (name.into(), Some(value.into()))
     }
@@ -210,7 +198,7 @@ mod tests {
             cpus: Some(2),
             root: root.clone(),
             rw: vec!["/a".into()],
-            shares: vec![share("x", "/a"), share("y", "/a")],
+            shares: vec![ShareConfig::new("x", "/a"), ShareConfig::new("y", "/a")],
             env: vec![variable("A", "1"), variable("B", "1")],
             command: vec!["make".into(), "test".into()],
             ..RunConfig::default()
@@ -219,7 +207,7 @@ mod tests {
             kernel: Some("b".into()),
             cmdline: "loglevel=7".into(),
             rw: vec!["/b".into()],
-            shares: vec![share("x", "/b")],
+            shares: vec![ShareConfig::new("x", "/b")],
             env: vec![variable("A", "2"), variable("C", "1"), variable("C", "2")],
             command: vec!["ls".into()],
             rng: Some(false),
@@ -229,7 +217,7 @@ mod tests {
         assert_eq!((both.kernel, both.cpus, both.rng), (Some("b".into()), Some(2), Some(false)));
         assert_eq!(both.cmdline, "quiet loglevel=3 loglevel=7");
         assert_eq!((both.root, both.rw), (root, vec!["/a".into(), "/b".into()]));
-        assert_eq!(both.shares, [share("y", "/a"), share("x", "/b")]);
+        assert_eq!(both.shares, [ShareConfig::new("y", "/a"), ShareConfig::new("x", "/b")]);
         assert_eq!(both.env, [variable("B", "1"), variable("A", "2"), variable("C", "2")]);
         assert_eq!(both.command, ["ls"]);
         let other = RootConfig { path: "/other".into(), ..RootConfig::default() };

@@ -112,13 +112,9 @@ mod tests {
 
     fn machine(memory: u64, windows: &[Option<u64>]) -> VmConfig {
         let share = |(i, window): (usize, &Option<u64>)| ShareConfig {
-            tag: format!("share{i}"),
-            path: "/".into(),
-            read_only: false,
             window: *window,
             dax: DaxConfig::Named(Policy::Always),
-            prefault: Default::default(),
-            cache: Default::default(),
+            ..ShareConfig::new(&format!("share{i}"), "/")
         };
         VmConfig { memory, shares: windows.iter().enumerate().map(share).collect(), ..VmConfig::default() }
     }
