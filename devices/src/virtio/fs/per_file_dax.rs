@@ -11,6 +11,9 @@ use super::inodes::{Inodes, node_id};
 use super::policy::Policy;
 use super::refusals::Refusals;
 
+/// Bytes of a page of an x86-64 client.
+const PAGE_SIZE: libc::blksize_t = 4096;
+
 /// How the client decides which files are DAX; it follows from what its INIT offers.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 #[repr(u8)]
@@ -105,8 +108,15 @@ impl PerFileDax {
     /// The one builder of attributes. The flag belongs to the node id (see [`super::inodes`]) and is the same in every
     /// reply: where it is not, the client throws the inode and its mappings away at the next last close
     /// (fs/fuse/dax.c, fuse_dax_dontcache).
-    fn attr(&self, stat: libc::stat64, dax: bool) -> Attr {
+    ///
+    /// The block size of a file that can be DAX is the client's page size. It makes i_blkbits of it, and with any other
+    /// (ext4 can have 1 KiB, a tmpfs of huge pages 2 MiB) fsync(2) and msync(2) of what was stored by a mapping fail with
+    /// EIO, and a warning in the kernel's log (fs/dax.c, dax_writeback_mapping_range).
+    fn attr(&self, mut stat: libc::stat64, dax: bool) -> Attr {
         let flags = if dax && self.is_per_file(stat.st_mode) { ATTR_DAX } else { 0 };
+        if stat.st_mode & libc::S_IFMT == libc::S_IFREG && self.client() != ClientDax::Off {
+            stat.st_blksize = PAGE_SIZE;
+        }
         Attr::with_flags(stat, flags)
     }
 
@@ -151,6 +161,28 @@ mod tests {
             assert_eq!(mode.reply_flags(), reply);
         }
     }
+
+    #[test]
+    fn the_block_size_of_what_can_be_dax_is_the_page_size() {
+        let per_file = PerFileDax::new(Policy::Always);
+        // SAFETY: all zeros are a stat64.
+        let mut stat: libc::stat64 = unsafe { std::mem::zeroed() };
+        for block_size in [1024, 4096, 2 << 20] {
+            stat.st_blksize = block_size;
+            for (client, kind, expected) in [
+                (ClientDax::Off, libc::S_IFREG, block_size),
+                (ClientDax::PerFile, libc::S_IFREG, 4096),
+                (ClientDax::Always, libc::S_IFREG, 4096),
+                (ClientDax::Always, libc::S_IFDIR, block_size),
+            ] {
+                per_file.set_client(client);
+                stat.st_mode = kind | 0o644;
+                let attr = per_file.attr_out(stat, Duration::ZERO, false).attr;
+                assert_eq!(attr.blksize, expected as u32, "{client:?} {kind:o}");
+            }
+        }
+    }
+
     #[test]
     fn a_window_that_is_not_used_has_a_reason() {
         let (align, inode) = (init::MAP_ALIGNMENT, init::HAS_INODE_DAX);
