@@ -52,6 +52,8 @@ struct Orders {
     stop: AtomicBool,
     /// To see whether it waits for a page that never comes.
     look: AtomicBool,
+    /// To tell the guest that it stood still.
+    stood_still: AtomicBool,
 }
 
 impl Vcpu {
@@ -83,23 +85,38 @@ impl Vcpu {
 impl Vcpu {
     /// The CPU time that the vCPU has used, its guest's and the host's on its behalf.
     pub fn cpu_time(&self) -> Option<Duration> {
-        let (mut clock, mut time) = (0, libc::timespec { tv_sec: 0, tv_nsec: 0 });
+        let mut clock = 0;
         let thread = self.thread.as_ref()?.as_pthread_t();
-        // SAFETY: the thread has not been joined, so its handle is valid; both results live through the calls.
-        let is_known = unsafe {
-            libc::pthread_getcpuclockid(thread, &mut clock) == 0 && libc::clock_gettime(clock, &mut time) == 0
-        };
-        is_known.then(|| Duration::new(time.tv_sec as u64, time.tv_nsec as u32))
+        // SAFETY: the thread has not been joined, so its handle is valid; the result lives through the call.
+        let is_known = unsafe { libc::pthread_getcpuclockid(thread, &mut clock) == 0 };
+        is_known.then(|| time_of(clock)).flatten()
     }
 
     /// Has the vCPU look whether it waits for a page of a window that the host cannot provide, and repair that page.
     pub fn look(&self) {
-        self.orders.look.store(true, Ordering::Release);
+        self.give(&self.orders.look);
+    }
+
+    /// Has the vCPU's guest told that it stood still.
+    pub fn stood_still(&self) {
+        self.give(&self.orders.stood_still);
+    }
+
+    fn give(&self, order: &AtomicBool) {
+        order.store(true, Ordering::Release);
         if let Some(thread) = &self.thread {
             // It may have ended by itself.
             let _ = thread.kill(kick_signal());
         }
     }
+}
+
+/// What a clock of clock_gettime(2) says. rustix would ask for its vDSO by a system call that no filter here allows.
+pub(crate) fn time_of(clock: libc::clockid_t) -> Option<Duration> {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the result lives through the call.
+    let is_known = unsafe { libc::clock_gettime(clock, &mut time) == 0 };
+    is_known.then(|| Duration::new(time.tv_sec as u64, time.tv_nsec as u32))
 }
 
 fn run(vcpu: &mut VcpuFd, buses: &Buses, memory: &Memory, orders: &Orders) -> Result<(), Fatal> {
@@ -114,14 +131,16 @@ fn run(vcpu: &mut VcpuFd, buses: &Buses, memory: &Memory, orders: &Orders) -> Re
                 buses.handle(exit)?;
             }
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
-                if orders.look.swap(false, Ordering::AcqRel) {
-                    // What it finds besides is the guest's normal work.
-                    let _ = inspect(vcpu, memory, None, false);
-                } else {
-                    // Nobody here has interrupted it, so the process was stopped, or frozen with its control group or its host.
+                let look = orders.look.swap(false, Ordering::AcqRel);
+                // When nobody here has interrupted it, the process was stopped, or frozen with its control group or its host.
+                if orders.stood_still.swap(false, Ordering::AcqRel) || !look {
                     // The guest is to know, or it would take CPUs that stood still for ones that hang. Without a clock of KVM's
                     // it cannot be told, which is what the call's error says.
                     let _ = vcpu.kvmclock_ctrl();
+                }
+                if look {
+                    // What it finds besides is the guest's normal work.
+                    let _ = inspect(vcpu, memory, None, false);
                 }
             }
             Err(error) if error.errno() == libc::EFAULT => {
