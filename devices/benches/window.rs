@@ -9,7 +9,8 @@ mod fuse_client;
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use criterion::{Criterion, SamplingMode, criterion_group, criterion_main};
 use devices::virtio::fs::window::{CHUNK_SIZE, DaxWindow};
@@ -17,6 +18,10 @@ use fuse_client::{Access, Client, Cost, IN_FLIGHT, MOST_ENTRIES, cost};
 
 /// Windows, in chunks: the smallest one, 2 GiB, and the largest one.
 const WINDOWS: [u64; 3] = [16, 1024, 131_072];
+
+/// The window, in chunks, that several queues use at once, and how many.
+const SHARED: u64 = 1024;
+const QUEUES: [usize; 2] = [2, 4];
 
 /// Chunks that are mapped at a time: all of a small window, and so few of a large one that the mappings of a process
 /// suffice, wherever they are.
@@ -170,24 +175,37 @@ fn bare(c: &mut Criterion, chunks: u64) {
     });
     drop(window);
 
+    mmaps(c, chunks, 1);
+}
+
+/// The system call alone, by so many threads at once.
+fn mmaps(c: &mut Criterion, chunks: u64, threads: usize) {
+    let file = tempfile::tempfile().expect("a file");
+    file.set_len(chunks * CHUNK_SIZE).expect("a large file");
+    let places = places(chunks, false);
     let (bytes, prot) = ((chunks * CHUNK_SIZE) as usize, libc::PROT_READ | libc::PROT_WRITE);
     let nothing = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
     let shared = libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_NORESERVE;
     // SAFETY: the kernel chooses the place.
     let base = unsafe { libc::mmap(std::ptr::null_mut(), bytes, prot, nothing, -1, 0) };
     assert_ne!(base, libc::MAP_FAILED);
-    measure(c, &format!("mmap, {chunks} chunks"), |_| {
-        let cost = cost(|| {
-            for chunk in &places {
-                let offset = (chunk * CHUNK_SIZE) as usize;
-                // SAFETY: within what was just reserved, of which nobody has a reference.
-                let mapped = unsafe {
-                    let at = base.wrapping_byte_add(offset);
-                    libc::mmap(at, CHUNK_SIZE as usize, prot, shared, file.as_raw_fd(), offset as i64)
-                };
-                assert_ne!(mapped, libc::MAP_FAILED);
-            }
-        });
+    let address = base as usize;
+    let map_some = |places: &[u64]| {
+        for chunk in places {
+            let offset = (chunk * CHUNK_SIZE) as usize;
+            // SAFETY: within what was just reserved, of which nobody has a reference.
+            let mapped = unsafe {
+                let at = (address + offset) as *mut libc::c_void;
+                libc::mmap(at, CHUNK_SIZE as usize, prot, shared, file.as_raw_fd(), offset as i64)
+            };
+            assert_ne!(mapped, libc::MAP_FAILED);
+        }
+    };
+    measure(c, &mmaps_name(chunks, threads), |_| {
+        let cost = match threads {
+            1 => cost(|| map_some(&places)),
+            _ => cost_of_threads(places.chunks(places.len().div_ceil(threads)), map_some),
+        };
         // SAFETY: as above.
         let hole = unsafe { libc::mmap(base, bytes, prot, nothing | libc::MAP_FIXED, -1, 0) };
         assert_ne!(hole, libc::MAP_FAILED);
@@ -197,6 +215,24 @@ fn bare(c: &mut Criterion, chunks: u64) {
     unsafe { libc::munmap(base, bytes) };
 }
 
+fn mmaps_name(chunks: u64, threads: usize) -> String {
+    match threads {
+        1 => format!("mmap, {chunks} chunks"),
+        _ => format!("mmap, {chunks} chunks, {threads} threads"),
+    }
+}
+
+/// What work costs that is done in parts, each by a thread, at once.
+fn cost_of_threads<T: Send>(parts: impl Iterator<Item = T>, work: impl Fn(T) + Sync) -> Cost {
+    let start = Instant::now();
+    let cpu = thread::scope(|scope| {
+        let work = &work;
+        let threads: Vec<_> = parts.map(|part| scope.spawn(move || cost(|| work(part)).cpu)).collect();
+        threads.into_iter().map(|thread| thread.join().expect("no panic")).sum()
+    });
+    Cost { time: start.elapsed(), cpu }
+}
+
 fn all(c: &mut Criterion) {
     queue(c);
     for chunks in WINDOWS {
@@ -204,11 +240,13 @@ fn all(c: &mut Criterion) {
         requests(c, chunks, 1);
         batches(c, chunks);
     }
-    for queues in [2, 4] {
-        requests(c, 1024, queues);
+    for queues in QUEUES {
+        requests(c, SHARED, queues);
+        mmaps(c, SHARED, queues);
     }
     strangers(c, 1024);
     parts();
+    scaling();
 }
 
 /// Prints what was measured, and the parts of a SETUPMAPPING as differences of that. The parts are of CPU time, which
@@ -237,6 +275,26 @@ fn parts() {
         let Some(row) = row() else { continue };
         let row: String = row.iter().map(|time| format!(" {time:>9.0}")).collect();
         println!("{:<14}{row}", format!("{chunks} chunks"));
+    }
+}
+
+/// Prints how many requests several queues carry out in the time in which one carries out one, beside what as many threads
+/// reach that do nothing but the system call: the kernel changes an address space for one at a time.
+fn scaling() {
+    let results = RESULTS.lock().unwrap_or_else(PoisonError::into_inner);
+    let of = |name: &str| results.get(name).map(|[time, _]| time[time.len() / 2]);
+    let columns: String = QUEUES.iter().map(|queues| format!(" {:>9}", format!("{queues} queues"))).collect();
+    println!("\n{:<46}{columns}", "times as many as with one queue");
+    for what in ["SETUPMAPPING", "SETUPMAPPING to write", "REMOVEMAPPING", "mmap"] {
+        let name = |queues| match what {
+            "mmap" => mmaps_name(SHARED, queues),
+            _ => format!("{what}, {SHARED} chunks, {queues} queues"),
+        };
+        let ratios: Option<Vec<f64>> =
+            QUEUES.iter().map(|queues| Some(of(&name(1))? / of(&name(*queues))?)).collect();
+        let Some(ratios) = ratios else { continue };
+        let ratios: String = ratios.iter().map(|ratio| format!(" {ratio:>9.2}")).collect();
+        println!("{what:<46}{ratios}");
     }
 }
 
