@@ -181,7 +181,7 @@ impl Client {
                 while self.driver.used(queue).is_none() {
                     assert!(start.elapsed() < LIMIT, "the device does not answer");
                     // Its threads need the CPU more.
-                    thread::sleep(Duration::from_micros(1));
+                    thread::sleep(Duration::from_micros(100));
                 }
             }
         }

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use super::CHUNK_SIZE;
 
@@ -35,6 +35,53 @@ pub(super) fn look(fd: BorrowedFd<'_>) -> io::Result<(FileKey, u64)> {
     let stat = rustix::fs::fstat(fd)?;
     let key = FileKey { device: stat.st_dev, inode: stat.st_ino };
     Ok((key, u64::try_from(stat.st_size).unwrap_or(0)))
+}
+
+/// A file that shows in the window, or did a moment ago.
+#[derive(Clone)]
+pub struct KnownFile {
+    pub(super) key: FileKey,
+    pub(super) number: usize,
+    file: Arc<File>,
+    is_writable: bool,
+}
+
+impl KnownFile {
+    /// The window's descriptor of it.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+
+    /// Whether that is open for writing, too.
+    pub fn is_writable(&self) -> bool {
+        self.is_writable
+    }
+}
+
+/// The files by what they are. It has a lock of its own, held for no system call, so that nobody who asks for a file waits
+/// for one that is being mapped.
+#[derive(Clone, Default)]
+pub(super) struct Index(Arc<RwLock<HashMap<FileKey, KnownFile>>>);
+
+impl Index {
+    /// The file that is named so, if the window has it.
+    pub(super) fn get(&self, key: FileKey) -> Option<KnownFile> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).get(&key).cloned()
+    }
+
+    fn number(&self, key: FileKey) -> Option<usize> {
+        Some(self.0.read().unwrap_or_else(PoisonError::into_inner).get(&key)?.number)
+    }
+
+    fn set(&self, file: &MappedFile, number: usize) {
+        let MappedFile { key, ref file, is_writable, .. } = *file;
+        let known = KnownFile { key, number, file: Arc::clone(file), is_writable };
+        self.0.write().unwrap_or_else(PoisonError::into_inner).insert(key, known);
+    }
+
+    fn remove(&self, key: FileKey) {
+        self.0.write().unwrap_or_else(PoisonError::into_inner).remove(&key);
+    }
 }
 
 /// A file with chunks in the window.
@@ -107,19 +154,19 @@ pub(super) fn end_of(size: u64) -> u64 {
 pub(super) struct Files {
     slots: Vec<Option<MappedFile>>,
     free: Vec<usize>,
-    by_key: HashMap<FileKey, usize>,
+    pub(super) index: Index,
 }
 
 impl Files {
     /// The number of a file that has chunks in the window.
     pub(super) fn find(&self, key: FileKey) -> Option<usize> {
-        self.by_key.get(&key).copied()
+        self.index.number(key)
     }
 
     /// Adds a file without chunks; the caller gives it some, or [`Files::release`]s it.
     pub(super) fn add(&mut self, file: MappedFile) -> usize {
         let number = self.free.pop().unwrap_or(self.slots.len());
-        self.by_key.insert(file.key, number);
+        self.index.set(&file, number);
         match self.slots.get_mut(number) {
             Some(slot) => *slot = Some(file),
             None => self.slots.push(Some(file)),
@@ -137,6 +184,20 @@ impl Files {
         self.slots.get_mut(number)?.as_mut()
     }
 
+    /// Notes a descriptor of a file that can do more than the one which is there.
+    ///
+    /// # Errors
+    /// EMFILE.
+    pub(super) fn make_writable(&mut self, number: usize, fd: BorrowedFd<'_>) -> io::Result<()> {
+        let Some(file) = self.slots.get_mut(number).and_then(Option::as_mut) else { return Ok(()) };
+        if !file.is_writable {
+            file.file = Arc::new(fd.try_clone_to_owned()?.into());
+            file.is_writable = true;
+            self.index.set(file, number);
+        }
+        Ok(())
+    }
+
     /// Takes chunks from a file; with the last one it is returned, to be closed and watched no more.
     pub(super) fn release(&mut self, number: usize, chunks: u64) -> Option<MappedFile> {
         let slot = self.slots.get_mut(number)?;
@@ -146,7 +207,7 @@ impl Files {
             return None;
         }
         let gone = slot.take()?;
-        self.by_key.remove(&gone.key);
+        self.index.remove(gone.key);
         self.free.push(number);
         Some(gone)
     }
@@ -172,18 +233,6 @@ impl MappedFile {
             resizing: 0,
             streams: Streams::default(),
         })
-    }
-
-    /// Notes a descriptor that can do more than the one which is there.
-    ///
-    /// # Errors
-    /// EMFILE.
-    pub(super) fn make_writable(&mut self, fd: BorrowedFd<'_>) -> io::Result<()> {
-        if !self.is_writable {
-            self.file = Arc::new(fd.try_clone_to_owned()?.into());
-            self.is_writable = true;
-        }
-        Ok(())
     }
 
     /// Notes that chunks of the window are about to show it.

@@ -20,10 +20,9 @@ mod tests;
 mod watch;
 
 use std::collections::BTreeSet;
-use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
@@ -31,6 +30,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
 use self::counters::Counts;
 pub use self::counters::WindowCounters;
+pub use self::files::KnownFile;
 use self::files::{FileKey, Files};
 use self::guard::Guard;
 use self::lost::LostFiles;
@@ -108,26 +108,6 @@ impl WindowError {
 /// Files change on the host while they are mapped. docs/window.md says what the window does then.
 pub struct DaxWindow(Arc<Shared>);
 
-/// A file that shows in the window, or did a moment ago.
-pub struct KnownFile {
-    key: FileKey,
-    number: usize,
-    file: Arc<File>,
-    is_writable: bool,
-}
-
-impl KnownFile {
-    /// The window's descriptor of it.
-    pub fn fd(&self) -> BorrowedFd<'_> {
-        self.file.as_fd()
-    }
-
-    /// Whether that is open for writing, too.
-    pub fn is_writable(&self) -> bool {
-        self.is_writable
-    }
-}
-
 /// A checked range of chunks.
 #[derive(Clone, Copy)]
 struct Chunks {
@@ -180,13 +160,16 @@ impl DaxWindow {
         give_back(start, head);
         give_back(base.wrapping_add(size as usize), reserved - head - size as usize);
         let guard = Guard::new(base as usize..base as usize + size as usize)?;
-        let state = State { table: ChunkTable::new(size), files: Files::default(), copies: BTreeSet::new() };
+        let files = Files::default();
+        let index = files.index.clone();
+        let state = State { table: ChunkTable::new(size), files, copies: BTreeSet::new() };
         let shared = Arc::new_cyclic(|me| Shared {
             base,
             size,
             guard,
             scratch,
             state: Mutex::new(state),
+            index,
             nested_paging: RwLock::new(None),
             counts: Counts::default(),
             lost: LostFiles::default(),
@@ -268,7 +251,7 @@ impl DaxWindow {
 
     /// The file that `stat` is of, if any of its chunks are mapped.
     pub fn known(&self, stat: &libc::stat64) -> Option<KnownFile> {
-        self.0.known(FileKey::of(stat))
+        self.0.index.get(FileKey::of(stat))
     }
 
     fn check(&self, moffset: u64, foffset: u64, len: u64) -> Result<Chunks, WindowError> {

@@ -4,10 +4,10 @@ use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, TryLockError, Weak};
 
 use super::counters::Counts;
-use super::files::{FileKey, Files, MappedFile, end_of, look, shown};
+use super::files::{Files, Index, MappedFile, end_of, look, shown};
 use super::guard::Guard;
 use super::lost::LostFiles;
 use super::mmap::{Backing, give_back, replace};
@@ -26,6 +26,8 @@ pub(super) struct Shared {
     pub(super) guard: Guard,
     pub(super) scratch: Scratch,
     pub(super) state: Mutex<State>,
+    /// The files that are in `state`, for those who ask while that is locked.
+    pub(super) index: Index,
     /// While the guest sees the window, if its hypervisor can put pages in its reach.
     pub(super) nested_paging: RwLock<Option<Arc<dyn NestedPaging>>>,
     pub(super) counts: Counts,
@@ -39,6 +41,10 @@ pub(super) struct Shared {
     /// For the watcher, which must not keep a window alive.
     pub(super) me: Weak<Shared>,
 }
+
+/// How often a thread looks whether the lock is free before it sleeps, some 10 to 20 microseconds. Who has it is in an
+/// mmap(2) as a rule, which takes a third of that, and less than to sleep and be woken.
+const LOOKS: u32 = 500;
 
 /// What is mapped.
 pub(super) struct State {
@@ -164,23 +170,15 @@ impl Shared {
         let State { table, files, .. } = state;
         if let Some(file) = files.get(what.file) {
             file.add_chunks(chunks.range());
-            // Without it the file could not be shown writable again after it was short. There is one, as a rule.
-            if what.writable
-                && let Err(error) = file.make_writable(fd)
-            {
-                tracing::warn!(%error, "Cannot keep a descriptor of a shared file: raise the limit of open files");
-            }
+        }
+        // Without it the file could not be shown writable again after it was short. There is one, as a rule.
+        if what.writable
+            && let Err(error) = files.make_writable(what.file, fd)
+        {
+            tracing::warn!(%error, "Cannot keep a descriptor of a shared file: raise the limit of open files");
         }
         let change = table.map(chunks.first, chunks.count, what, |old| self.release(files, old));
         self.counts.mapped(change);
-    }
-
-    /// The file that is named so, if the window has it.
-    pub(super) fn known(&self, key: FileKey) -> Option<KnownFile> {
-        let mut state = self.lock();
-        let number = state.files.find(key)?;
-        let MappedFile { file, is_writable, .. } = state.files.get(number)?;
-        Some(KnownFile { key, number, file: Arc::clone(file), is_writable: *is_writable })
     }
 
     /// Makes a hole of chunks; see [`super::DaxWindow::unmap`].
@@ -350,6 +348,13 @@ impl Shared {
 
     /// What is locked stays right through a panic: it is changed after all that can fail.
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
+        for _ in 0..LOOKS {
+            match self.state.try_lock() {
+                Ok(state) => return state,
+                Err(TryLockError::Poisoned(poisoned)) => return poisoned.into_inner(),
+                Err(TryLockError::WouldBlock) => std::hint::spin_loop(),
+            }
+        }
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
