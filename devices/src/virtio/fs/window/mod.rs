@@ -102,8 +102,8 @@ impl WindowError {
 /// is a hole, which shows scratch memory (`scratch.rs`). Mapping replaces a part of it in place with one system call.
 ///
 /// All queues share the window. One lock covers the system call and the table together, because they must agree when
-/// two queues touch the same chunk. It costs nothing beyond what is there anyway: the host's kernel carries out one
-/// change of the address space at a time.
+/// two queues touch the same chunk. It costs little beyond what is there anyway: the host's kernel carries out one
+/// change of the address space at a time. Nothing else is done under it (`Index`, `lock` in `state.rs`).
 ///
 /// Files change on the host while they are mapped. docs/window.md says what the window does then.
 pub struct DaxWindow(Arc<Shared>);
