@@ -178,7 +178,7 @@ fn every_kind_of_end_is_told_apart_in_every_output() {
     assert_eq!(bad["attempts"][0]["verdict"], "failed");
 
     let xml = junit(&summary);
-    assert!(xml.contains(r#"tests="7" failures="2" errors="2""#), "{xml}");
+    assert!(xml.contains(r#"tests="7" skipped="0" failures="2" errors="2""#), "{xml}");
     assert!(
         xml.contains(r#"<failure message="exit status 3; expected: exit status 0" type="exited"/>"#),
         "{xml}"

@@ -7,7 +7,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use super::kernel::in_target;
-use super::{Kernel, Vm, VmError};
+use super::{Kernel, Vm, VmError, scratch};
 
 /// Emulated hosts are slow, and 32 emulated processors slower still.
 const DEADLINE: Duration = Duration::from_secs(120);
@@ -152,6 +152,7 @@ impl VmBuilder {
         let mut command = Command::new(&words[0]);
         command
             .args(&words[1..])
+            .env("TMPDIR", scratch())
             .arg("run")
             .arg("--kernel")
             .arg(self.kernel.image())

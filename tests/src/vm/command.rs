@@ -95,6 +95,7 @@ impl CommandRun {
     fn command(&self, files: &Path) -> Command {
         let mut command = Command::new(daxvm());
         command
+            .env("TMPDIR", scratch())
             .arg("run")
             .args(&self.options)
             .args(["--memory", self.memory])

@@ -170,10 +170,11 @@ pub fn processes() -> std::io::Result<BTreeSet<String>> {
     Ok(ours.map(|entry| format!("process {}", entry.path().display())).collect())
 }
 
-/// The processes of this program, and what is in the directories where programs leave things.
+/// The processes of this program, and what is in the directories where it may leave things. In an emulated lab /tmp is the
+/// machine's, which goes on meanwhile, so TMPDIR leads daxvm elsewhere.
 pub fn traces() -> std::io::Result<BTreeSet<String>> {
     let mut traces = processes()?;
-    for dir in ["/tmp", "/run", "/dev/shm", "/var/tmp"] {
+    for dir in [scratch().as_path(), Path::new("/run"), Path::new("/dev/shm")] {
         for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
             traces.insert(entry.path().display().to_string());
         }
