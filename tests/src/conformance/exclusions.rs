@@ -32,7 +32,7 @@ const fn without_dax(case: &'static str) -> Exclusion {
 }
 
 /// All of them.
-const EXCLUSIONS: [Exclusion; 11] = [
+const EXCLUSIONS: &[Exclusion] = &[
     left_out("bind-mount", "mounts, and uses no file of the share"),
     left_out("binderfs", "mounts a file system of its own"),
     left_out("dup", "descriptors of /dev/zero, no file of the share"),
@@ -45,6 +45,11 @@ const EXCLUSIONS: [Exclusion; 11] = [
         "of a file's flags a guest changes the DAX hint alone: docs/persistent-hint.md",
     ),
     cannot(Suite::StressNg, "fiemap", "FUSE has no FS_IOC_FIEMAP"),
+    cannot(
+        Suite::StressNg,
+        "rawdev",
+        "reads the block device below the file system, and below FUSE there is none",
+    ),
     cannot(Suite::Pjdfstest, "link::link_count_max", "the C library does not know LINK_MAX of FUSE"),
     without_dax("first/a-mapping-is-shared"),
     without_dax("second/a-mapping-is-shared"),
