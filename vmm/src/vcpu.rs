@@ -89,7 +89,7 @@ impl Vcpu {
         let thread = self.thread.as_ref()?.as_pthread_t();
         // SAFETY: the thread has not been joined, so its handle is valid; the result lives through the call.
         let is_known = unsafe { libc::pthread_getcpuclockid(thread, &mut clock) == 0 };
-        is_known.then(|| time_of(clock)).flatten()
+        if is_known { time_of(clock) } else { None }
     }
 
     /// Has the vCPU look whether it waits for a page of a window that the host cannot provide, and repair that page.

@@ -102,7 +102,12 @@ fn stopped(kernel: &Kernel, places: &Places, seconds: u64) -> Outcome {
     let mut vcpus = threads.lines().filter(|line| line.starts_with("vcpu-"));
     ensure!(vcpus.all(|line| line.contains(" T ")), "not stopped:\n{threads}");
     signal(&vm, Signal::CONT)?;
+    let resumed = Instant::now();
     let fared: Vec<Fared> = vm.finish(&op)?;
+    ensure!(
+        resumed.elapsed() > Duration::from_secs(1),
+        "the readers had ended before the stop did: {fared:?}"
+    );
     ensure!(fared.iter().all(|crowd| crowd.wrong.is_none() && crowd.blocks > 0), "{fared:?}");
     ensure_passed(uptime(&mut vm)? - before, start.elapsed())?;
     for complaint in ["lockup", "LOCKUP", "stall", "Marking clocksource", "hung"] {

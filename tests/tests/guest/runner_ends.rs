@@ -174,7 +174,7 @@ pub fn processes() -> std::io::Result<BTreeSet<String>> {
 /// machine's, which goes on meanwhile, so TMPDIR leads daxvm elsewhere.
 pub fn traces() -> std::io::Result<BTreeSet<String>> {
     let mut traces = processes()?;
-    for dir in [scratch().as_path(), Path::new("/run"), Path::new("/dev/shm")] {
+    for dir in [scratch().as_path(), Path::new("/run"), Path::new("/dev/shm"), Path::new("/var/tmp")] {
         for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
             traces.insert(entry.path().display().to_string());
         }

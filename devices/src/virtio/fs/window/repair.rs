@@ -169,17 +169,13 @@ impl Shared {
         let Some(file) = files.get(at.file) else { return Repair::Unneeded };
         let start = (chunk as u64) << CHUNK_SHIFT;
         let writable = if self.is_read_only.load(Relaxed) { None } else { open_to_write(&file.file).ok() };
-        if let Some(writable) = writable {
-            let is_kept = files.make_writable(at.file, writable.as_fd()).is_ok();
-            let Some(file) = files.get(at.file) else { return Repair::Unneeded };
-            let shown = file.shown(at.offset, CHUNK_SIZE);
-            if is_kept && self.lay(file, start, at.offset, shown, true).is_ok() {
-                let what = Mapped { writable: true, ..at };
-                self.counts.upgraded(table.map(chunk, 1, what, |_| ()));
-                return Repair::Done;
-            }
-        }
+        let is_kept = writable.is_some_and(|writable| files.make_writable(at.file, writable.as_fd()).is_ok());
         let Some(file) = files.get(at.file) else { return Repair::Unneeded };
+        if is_kept && self.lay(file, start, at.offset, file.shown(at.offset, CHUNK_SIZE), true).is_ok() {
+            let what = Mapped { writable: true, ..at };
+            self.counts.upgraded(table.map(chunk, 1, what, |_| ()));
+            return Repair::Done;
+        }
         if copies.contains(&page) {
             return Repair::Unneeded;
         }
