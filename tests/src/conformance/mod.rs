@@ -61,17 +61,24 @@ pub fn run(matrix: &Matrix) -> Result<Results, ConformanceError> {
     let mut results = Results::default();
     for &suite in &matrix.suites {
         for &file_system in &matrix.file_systems {
-            let start = Instant::now();
-            eprintln!("{suite} on {file_system}: the host");
-            let reference = place::on_host(suite, file_system, &programs, &matrix.settings)?;
-            let host_seconds = start.elapsed().as_secs();
+            let mut host = None;
             for &policy in &matrix.policies {
                 let start = Instant::now();
                 eprintln!("{suite} on {file_system}: a guest with dax={policy}");
                 let run = guest.run(suite, file_system, policy, &programs, &matrix.settings)?;
-                let mut row = Row::new(suite, file_system, policy, &reference, &run.outcomes);
+                let seconds = start.elapsed().as_secs();
+                // What the host does matters only where the guest does not pass everything.
+                if host.is_none() && !run.passed_all(suite.cases(&matrix.settings)) {
+                    let start = Instant::now();
+                    eprintln!("{suite} on {file_system}: the host");
+                    let outcomes = place::on_host(suite, file_system, &programs, &matrix.settings)?;
+                    host = Some((outcomes, start.elapsed().as_secs()));
+                }
+                let nothing = Outcomes::new();
+                let reference = host.as_ref().map_or(&nothing, |(outcomes, _)| outcomes);
+                let mut row = Row::new(suite, file_system, policy, reference, &run.outcomes);
                 row.kernel.clone_from(&matrix.settings.kernel);
-                (row.seconds, row.host_seconds) = (start.elapsed().as_secs(), host_seconds);
+                (row.seconds, row.host_seconds) = (seconds, host.as_ref().map(|(_, seconds)| *seconds));
                 row.setup_mappings = run.setup_mappings;
                 row.print_failures();
                 results.add(row)?;

@@ -32,8 +32,8 @@ pub struct Row {
     pub setup_mappings: u64,
     /// The time in the guest, boot included, in seconds.
     pub seconds: u64,
-    /// The time on the host.
-    pub host_seconds: u64,
+    /// The time on the host, if it had to be asked.
+    pub host_seconds: Option<u64>,
 }
 
 impl Row {
@@ -59,7 +59,7 @@ impl Row {
             failures: BTreeMap::new(),
             setup_mappings: 0,
             seconds: 0,
-            host_seconds: 0,
+            host_seconds: None,
         };
         let names = guest.keys().chain(reference.keys().filter(|name| !guest.contains_key(*name)));
         for name in names {
@@ -139,7 +139,7 @@ impl Results {
                 row.excluded.len(),
                 row.failures.len(),
                 row.setup_mappings,
-                row.host_seconds,
+                row.host_seconds.map_or("-".to_owned(), |seconds| seconds.to_string()),
                 row.seconds,
             );
         }

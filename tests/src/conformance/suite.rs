@@ -63,6 +63,9 @@ fsync = 1
 fdatasync = 1
 ";
 
+/// fsx by read(2) and write(2), and with mappings too.
+const MODES: [&str; 2] = ["buffered", "mmap"];
+
 /// fsx's files: smaller than a chunk of the window, and of three chunks.
 const FSX_SIZES: [(&str, u32); 2] = [("small", 256 << 10), ("large", 5 << 20)];
 
@@ -135,6 +138,15 @@ impl Suite {
         format!("{RUN}{commands}")
     }
 
+    /// How many cases it has, where that is known before it runs.
+    pub fn cases(self, settings: &Settings) -> Option<usize> {
+        match self {
+            Suite::Fsx => Some(MODES.len() * settings.seeds as usize),
+            Suite::Dbench => Some(VARIANTS.len()),
+            Suite::Pjdfstest | Suite::StressNg | Suite::TwoGuests => None,
+        }
+    }
+
     /// The cases in what the script printed.
     pub fn outcomes(self, output: &str) -> Outcomes {
         match self {
@@ -149,7 +161,7 @@ impl Suite {
 /// Odd seeds have a small file, even ones a large one. What fsx leaves when it fails goes to /tmp.
 fn fsx(operations: u64, seeds: impl Iterator<Item = u64> + Clone) -> String {
     let mut commands = String::new();
-    for mode in ["buffered", "mmap"] {
+    for mode in MODES {
         for seed in seeds.clone() {
             let (size, _) = FSX_SIZES[((seed + 1) % 2) as usize];
             let file = format!("$DIR/fsx-{mode}-{seed}");
@@ -194,14 +206,17 @@ fn stress_ng_outcomes(output: &str) -> Outcomes {
     cases(output).iter().map(|case| (case.name.to_owned(), outcome(case.status, case.output))).collect()
 }
 
+/// dbench's options.
+const VARIANTS: [(&str, &str); 4] =
+    [("plain", ""), ("fsync", "--fsync"), ("o-sync", "--sync"), ("xattr", "--xattr")];
+
 fn dbench(seconds: u64) -> String {
-    let variants = [("plain", ""), ("fsync", "--fsync"), ("o-sync", "--sync"), ("xattr", "--xattr")];
     let command = |(name, option)| {
         format!(
             "run {name} \"$SUITE/dbench\" -c \"$SUITE/client.txt\" -D \"$DIR\" -t {seconds} {option} 4\nrm -rf \"$DIR/clients\"\n"
         )
     };
-    variants.map(command).concat()
+    VARIANTS.map(command).concat()
 }
 
 /// It prints the throughput at the end, and a line with ERROR or FAILED for what went wrong.
@@ -231,6 +246,14 @@ mod tests {
             let script = suite.script(Some(Policy::Always), &settings());
             let checked = std::process::Command::new("sh").args(["-n", "-c", &script]).output().unwrap();
             assert!(checked.status.success(), "{script}\n{}", String::from_utf8_lossy(&checked.stderr));
+        }
+    }
+
+    #[test]
+    fn the_number_of_cases_is_that_of_the_commands() {
+        for suite in Suite::value_variants() {
+            let commands = suite.script(None, &settings()).matches("\nrun ").count();
+            assert!(suite.cases(&settings()).is_none_or(|cases| cases == commands), "{suite}: {commands}");
         }
     }
 
