@@ -264,7 +264,7 @@ impl ChainHandler for Handler {
         chain: DescriptorChain<&GuestMemoryMmap>,
     ) -> Result<u32, ChainError> {
         if !self.is_prepared {
-            drop_supplementary_groups();
+            drop_groups();
             self.is_prepared = true;
         }
         self.server.handle(memory, chain)
@@ -286,11 +286,16 @@ pub fn open_directory(path: &Path) -> Result<File, FileSystemError> {
     opened.map_err(|source| FileSystemError::Path { path: path.to_owned(), source })
 }
 
-/// Takes this thread out of the process's supplementary groups. They would count when a file is created in the name of
-/// one of the guest's users, and give it the set-group-id bit of a group that the user is not in (CVE-2022-0358).
-fn drop_supplementary_groups() {
+/// Takes this thread out of the process's groups. Supplementary ones would count when a file is created in the name of
+/// one of the guest's users, and give it the set-group-id bit of a group that the user is not in (CVE-2022-0358). Root's
+/// may be any (`Group=` of systemd), where the guest's root has files of group 0.
+fn drop_groups() {
     // By system call, because the C library's function changes all threads. It fails for want of privileges, and then
     // the server cannot act in the name of others either.
     // SAFETY: with a count of 0 setgroups(2) reads no memory.
     unsafe { libc::syscall(libc::SYS_setgroups, 0, std::ptr::null::<libc::gid_t>()) };
+    if rustix::process::geteuid().is_root() {
+        // SAFETY: setresgid(2) takes three numbers.
+        unsafe { libc::syscall(libc::SYS_setresgid, 0, 0, 0) };
+    }
 }

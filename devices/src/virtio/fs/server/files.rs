@@ -8,10 +8,10 @@ use fuse_backend_rs::abi::fuse_abi::{
     AccessIn, CopyFileRangeIn, FATTR_FH, FSYNC_FDATASYNC, FallocateIn, FlushIn, FsyncIn, GETATTR_FH,
     GetattrIn, LseekIn, LseekOut, ReadIn, SetattrIn, WRITE_CACHE, WriteIn, WriteOut,
 };
-use fuse_backend_rs::api::filesystem::SetattrValid;
+use fuse_backend_rs::api::filesystem::{Context, SetattrValid, ZeroCopyReader};
 
 use super::init::MAX_WRITE;
-use super::message::{Reply, Request, errno};
+use super::message::{Payload, Reply, Request, errno};
 use super::{NOBODY, Server};
 use crate::virtio::fs::inodes::host_node;
 
@@ -65,16 +65,50 @@ impl Server {
 
     pub(super) fn write(&self, request: &mut Request<'_>, reply: &mut Reply<'_>) -> io::Result<u32> {
         let WriteIn { fh, offset, size, fuse_flags, flags, .. } = request.arg()?;
-        if size as usize != request.left() {
+        if size as usize != request.left() || size > MAX_WRITE {
             return Err(errno(libc::EINVAL));
         }
         let (context, nodeid) = (self.context(request), request.header.nodeid);
-        let delayed = fuse_flags & WRITE_CACHE != 0;
-        let flags = self.host_flags(flags);
         let data = &mut request.data();
-        let written = self.fs.write(&context, nodeid, fh, data, size, offset, delayed, flags, fuse_flags)?;
+        let written = if fuse_flags & WRITE_CACHE != 0 {
+            self.write_back(&context, nodeid, fh, data, size, offset)?;
+            size as usize
+        } else {
+            let flags = self.host_flags(flags);
+            self.fs.write(&context, nodeid, fh, data, size, offset, false, flags, fuse_flags)?
+        };
         self.tell_growth(&context, nodeid);
         reply.object(&WriteOut { size: written as u32, padding: 0 })
+    }
+
+    /// Writes what a program has stored in a mapping of a file that is not DAX. It no longer waits, and the client looks at
+    /// nothing but the error (`fuse_writepage_end` of fs/fuse/file.c), so all is written or there is one.
+    fn write_back(
+        &self,
+        context: &Context,
+        node: u64,
+        handle: u64,
+        data: &mut Payload<'_, '_>,
+        size: u32,
+        offset: u64,
+    ) -> io::Result<()> {
+        self.fs.getattr(context, node, Some(handle))?;
+        // The handle may append, in another queue's thread at this moment, and this must not.
+        let mut own = self.open_node(context, node, true).ok();
+        let mut done = 0;
+        while done < size {
+            let (left, at) = (size - done, offset.saturating_add(done.into()));
+            let written = match &mut own {
+                Some(file) => data.read_to(file, left as usize, at)?,
+                // Made without the right to open it again.
+                None => self.fs.write(context, node, handle, data, left, at, true, libc::O_RDWR as u32, 0)?,
+            };
+            if written == 0 {
+                return Err(errno(libc::EIO));
+            }
+            done += written as u32;
+        }
+        Ok(())
     }
 
     pub(super) fn flush(&self, request: &mut Request<'_>, reply: &mut Reply<'_>) -> io::Result<u32> {
@@ -149,18 +183,19 @@ impl Server {
         if copied < 0 {
             return Err(io::Error::last_os_error());
         }
+        if self.fs.is_synchronous(ask.fh_out) {
+            to.sync_data()?;
+        }
         self.tell_growth(&context, target);
         reply.object(&WriteOut { size: copied as u32, padding: 0 })
     }
 
-    /// Writes out the file system that the share is on.
+    /// Writes out the file systems that the share is on.
     pub(super) fn syncfs(&self, request: &mut Request<'_>, reply: &mut Reply<'_>) -> io::Result<u32> {
         if !self.read_only {
             let root = self.open_node(&self.context(request), request.header.nodeid, false)?;
-            // SAFETY: syncfs(2) touches no memory of the process.
-            if unsafe { libc::syncfs(root.as_raw_fd()) } < 0 {
-                return Err(io::Error::last_os_error());
-            }
+            self.fs.pseudo.for_each_mount(|mount| Ok(rustix::fs::syncfs(mount)?))?;
+            rustix::fs::syncfs(root)?;
         }
         reply.empty()
     }

@@ -6,7 +6,22 @@ use std::io;
 use fuse_backend_rs::abi::fuse_abi::CreateIn;
 use fuse_backend_rs::api::filesystem::{Context, Entry, FileSystem};
 
+use super::identity::Identity;
+use super::message::errno;
 use super::unnamed::Files;
+
+/// How often CREATE looks again for a name that comes and goes.
+const ATTEMPTS: usize = 8;
+
+/// For the library, which does nothing in anybody's name then: [`Identity`] does.
+const ROOT: Context = Context { uid: 0, gid: 0, pid: 0 };
+
+/// Flags that are about making a file.
+const MAKING: u32 = (libc::O_CREAT | libc::O_EXCL) as u32;
+
+fn is_exclusive(ask: &CreateIn) -> bool {
+    ask.flags & libc::O_EXCL as u32 != 0
+}
 
 /// The names and arguments are the library's.
 impl Files {
@@ -23,7 +38,11 @@ impl Files {
         umask: u32,
     ) -> io::Result<Entry> {
         self.budget.has_left(1)?;
-        self.give_out(context, self.named.mkdir(context, parent, name, mode, umask)?)
+        let entry = {
+            let _user = Identity::checked(context)?;
+            self.named.mkdir(&ROOT, parent, name, mode, umask)?
+        };
+        self.give_out(context, entry)
     }
 
     pub(super) fn mknod(
@@ -36,7 +55,11 @@ impl Files {
         umask: u32,
     ) -> io::Result<Entry> {
         self.budget.has_left(1)?;
-        self.give_out(context, self.named.mknod(context, parent, name, mode, device, umask)?)
+        let entry = {
+            let _user = Identity::checked(context)?;
+            self.named.mknod(&ROOT, parent, name, mode, device, umask)?
+        };
+        self.give_out(context, entry)
     }
 
     pub(super) fn symlink(
@@ -47,7 +70,11 @@ impl Files {
         name: &CStr,
     ) -> io::Result<Entry> {
         self.budget.has_left(1)?;
-        self.give_out(context, self.named.symlink(context, target, parent, name)?)
+        let entry = {
+            let _user = Identity::checked(context)?;
+            self.named.symlink(&ROOT, target, parent, name)?
+        };
+        self.give_out(context, entry)
     }
 
     pub(super) fn link(&self, context: &Context, node: u64, parent: u64, name: &CStr) -> io::Result<Entry> {
@@ -62,8 +89,34 @@ impl Files {
         name: &CStr,
         ask: CreateIn,
     ) -> io::Result<(Entry, Option<u64>)> {
+        for _ in 0..ATTEMPTS {
+            match self.create_new(context, parent, name, ask) {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists && !is_exclusive(&ask) => {}
+                made => return made,
+            }
+            match self.create_over(context, parent, name, ask) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                opened => return opened,
+            }
+        }
+        Err(errno(libc::EAGAIN))
+    }
+
+    /// Makes a file that is not there.
+    fn create_new(
+        &self,
+        context: &Context,
+        parent: u64,
+        name: &CStr,
+        ask: CreateIn,
+    ) -> io::Result<(Entry, Option<u64>)> {
         self.budget.has_left(2)?;
-        let (entry, handle, ..) = self.named.create(context, parent, name, ask)?;
+        // Of a file that is there, and cannot be opened, the library would keep a descriptor of which nobody knows.
+        let exclusive = CreateIn { flags: ask.flags | libc::O_EXCL as u32, ..ask };
+        let (entry, handle, ..) = {
+            let _user = Identity::checked(context)?;
+            self.named.create(&ROOT, parent, name, exclusive)?
+        };
         let node = entry.inode;
         let close = || {
             let close = |handle| self.named.release(context, node, ask.flags, handle, false, false, None);
@@ -75,12 +128,34 @@ impl Files {
             self.forget(context, node, 1);
             return Err(error);
         }
+        self.note_synchronous(handle, ask.flags);
+        Ok((entry, handle))
+    }
+
+    /// Opens a file that is there already, as far as the user may: what O_TRUNC takes, nobody gives back.
+    fn create_over(
+        &self,
+        context: &Context,
+        parent: u64,
+        name: &CStr,
+        ask: CreateIn,
+    ) -> io::Result<(Entry, Option<u64>)> {
+        let entry = self.lookup(context, parent, name)?;
+        let opened = {
+            let user = Identity::of(context);
+            user.and_then(|_user| self.open(&ROOT, entry.inode, ask.flags & !MAKING, ask.fuse_flags))
+        };
+        let handle = opened.inspect_err(|_| self.forget(context, entry.inode, 1))?;
         Ok((entry, handle))
     }
 
     /// Counts what the library is about to give out, or has it forget that.
     fn give_out(&self, context: &Context, entry: Entry) -> io::Result<Entry> {
-        let noted = self.pseudo.note(entry.inode, entry.attr.st_dev);
+        let open = || match entry.attr.st_mode & libc::S_IFMT {
+            libc::S_IFDIR | libc::S_IFREG => self.reopen(context, entry.inode, false),
+            _ => Err(errno(libc::EBADF)),
+        };
+        let noted = self.pseudo.note(entry.inode, entry.attr.st_dev, open);
         if let Err(error) = noted.and_then(|()| self.budget.know(entry.inode)) {
             self.named.forget(context, entry.inode, 1);
             return Err(error);

@@ -15,6 +15,7 @@ use fuse_backend_rs::transport::FsCacheReqHandler;
 use super::Server;
 use super::decide::CAPABILITIES;
 use super::message::{Reply, Request, errno};
+use super::unnamed::Files;
 use crate::text::exact_size;
 use crate::virtio::fs::accounts::Mapped;
 use crate::virtio::fs::policy::{Prefault, is_set_id, without_set_id};
@@ -47,7 +48,7 @@ impl Server {
             return Err(errno(libc::EROFS));
         }
         let (context, node) = (self.context(request), request.header.nodeid);
-        let (stat, _) = self.fs.getattr(&context, node, None)?;
+        let (stat, _) = self.fs.getattr(&context, node, None).map_err(no_retry)?;
         let Some(prefault) = self.may_map(request, &stat) else {
             self.counts.denied_mapping();
             tracing::debug!(node, mode = stat.st_mode, "the guest maps a file that is not DAX for it");
@@ -232,11 +233,18 @@ impl Server {
         }
     }
 
-    /// Opens a file or directory anew by its node id. The library gives descriptors to mappers only.
+    /// Opens a file or directory anew by its node id.
     pub(super) fn open_node(&self, context: &Context, nodeid: u64, writable: bool) -> io::Result<File> {
+        self.fs.reopen(context, nodeid, writable)
+    }
+}
+
+impl Files {
+    /// Opens a file or directory anew by its node id. The library gives descriptors to mappers only.
+    pub(super) fn reopen(&self, context: &Context, node: u64, writable: bool) -> io::Result<File> {
         let mut taker = Taker(None);
         let flags = if writable { READ | WRITE } else { READ };
-        self.fs.setupmapping(context, nodeid, 0, 0, flags, 0, &mut taker)?;
+        self.setupmapping(context, node, 0, 0, flags, 0, &mut taker)?;
         taker.0.ok_or_else(|| errno(libc::EIO))
     }
 }

@@ -11,6 +11,7 @@ mod buffers;
 mod decide;
 mod directories;
 mod files;
+mod identity;
 mod init;
 mod ioctl;
 mod known;

@@ -5,6 +5,7 @@
 //! take for ever. A guest mounts its own there, and needs no more than a directory to mount it on: of the host's it gets
 //! that directory's attributes, and nothing below it.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io::{self, Read, Seek};
 use std::os::unix::fs::MetadataExt;
@@ -45,7 +46,12 @@ pub(super) struct PseudoFileSystems {
     mounts: Mutex<File>,
     /// The device of the share's root, which is shared whatever it is.
     root: u64,
+    /// The devices that were pseudo file systems when the server was made, for should the host unmount one: a tree of the
+    /// share's own keeps it.
+    first: HashSet<String>,
     known: [AtomicU8; 256],
+    /// A descriptor on each of the others, by which they are written out.
+    ordinary: Mutex<Vec<File>>,
 }
 
 impl PseudoFileSystems {
@@ -54,23 +60,55 @@ impl PseudoFileSystems {
     /// # Errors
     /// What the host says of the root, or of /proc.
     pub(super) fn new(root: &File) -> io::Result<PseudoFileSystems> {
+        let mut mounts = File::open("/proc/self/mountinfo")?;
+        let mut table = String::new();
+        mounts.read_to_string(&mut table)?;
         Ok(PseudoFileSystems {
-            mounts: Mutex::new(File::open("/proc/self/mountinfo")?),
+            mounts: Mutex::new(mounts),
             root: root.metadata()?.dev(),
+            first: table.lines().filter_map(pseudo_device).map(str::to_owned).collect(),
             known: std::array::from_fn(|_| AtomicU8::new(UNKNOWN)),
+            ordinary: Mutex::default(),
         })
     }
 
-    /// Takes note of a node that is about to be given out, on this device.
+    /// Takes note of a node that is about to be given out, on this device. `open` opens it.
     ///
     /// # Errors
     /// What the host says of its list of mounts.
-    pub(super) fn note(&self, node: u64, device: u64) -> io::Result<()> {
+    pub(super) fn note(
+        &self,
+        node: u64,
+        device: u64,
+        open: impl FnOnce() -> io::Result<File>,
+    ) -> io::Result<()> {
         let known = self.of(node);
         if known.load(Relaxed) == UNKNOWN {
-            known.store(if self.is_pseudo(device)? { PSEUDO } else { ORDINARY }, Relaxed);
+            let kind = if self.is_pseudo(device)? { PSEUDO } else { ORDINARY };
+            let is_first = known.swap(kind, Relaxed) == UNKNOWN;
+            // What cannot be opened is a socket or the like that is mounted on its own.
+            if is_first
+                && kind == ORDINARY
+                && device != self.root
+                && let Ok(file) = open()
+            {
+                self.ordinary.lock().unwrap_or_else(PoisonError::into_inner).push(file);
+            }
         }
         Ok(())
+    }
+
+    /// Does something with each other file system of which the guest has seen a file.
+    ///
+    /// # Errors
+    /// The first that `work` returns; the others are done all the same.
+    pub(super) fn for_each_mount(&self, work: impl Fn(&File) -> io::Result<()>) -> io::Result<()> {
+        let mounts = self.ordinary.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut result = Ok(());
+        for mount in mounts.iter() {
+            result = result.and(work(mount));
+        }
+        result
     }
 
     /// Whether an operation on this node must not be carried out.
@@ -104,15 +142,16 @@ impl PseudoFileSystems {
             mounts.read_to_string(&mut table)?;
         }
         let device = format!("{}:{}", libc::major(device), libc::minor(device));
-        Ok(table.lines().any(|line| is_pseudo_mount(line, &device)))
+        Ok(self.first.contains(&device)
+            || table.lines().filter_map(pseudo_device).any(|other| other == device))
     }
 }
 
-/// Whether a line of /proc/self/mountinfo (proc_pid_mountinfo(5)) is about this device, and that holds no files.
-fn is_pseudo_mount(line: &str, device: &str) -> bool {
-    let Some((mount, kind)) = line.split_once(" - ") else { return false };
+/// The device that a line of /proc/self/mountinfo (proc_pid_mountinfo(5)) is about, if it holds no files.
+fn pseudo_device(line: &str) -> Option<&str> {
+    let (mount, kind) = line.split_once(" - ")?;
     let kind = kind.split(' ').next().unwrap_or_default();
-    mount.split(' ').nth(2) == Some(device) && TYPES.contains(&kind)
+    mount.split(' ').nth(2).filter(|_| TYPES.contains(&kind))
 }
 
 #[cfg(test)]
@@ -124,10 +163,9 @@ mod tests {
         let proc = "23 1 0:21 / /proc rw,nosuid shared:12 - proc proc rw";
         let tmpfs = "25 1 0:23 / /run rw,nosuid shared:5 - tmpfs tmpfs rw,size=400k";
         let trace = "30 1 0:12 / /sys/kernel/tracing rw - tracefs tracefs rw";
-        assert!(is_pseudo_mount(proc, "0:21") && is_pseudo_mount(trace, "0:12"));
-        assert!(!is_pseudo_mount(proc, "0:2") && !is_pseudo_mount(tmpfs, "0:23"));
-        for broken in ["", "a - b", "- proc", "23 1"] {
-            assert!(!is_pseudo_mount(broken, "0:21"));
+        assert_eq!((pseudo_device(proc), pseudo_device(trace)), (Some("0:21"), Some("0:12")));
+        for line in [tmpfs, "", "a - b", "- proc", "23 1"] {
+            assert_eq!(pseudo_device(line), None);
         }
     }
 
@@ -147,8 +185,20 @@ mod tests {
         let systems = PseudoFileSystems::new(&File::open("/").unwrap()).unwrap();
         let proc = File::open("/proc").unwrap().metadata().unwrap().dev();
         let node = 3 << 47 | 1;
-        systems.note(node, proc).unwrap();
-        systems.note(4 << 47, systems.root).unwrap();
+        systems.note(node, proc, || panic!("a pseudo file system is not opened")).unwrap();
+        systems.note(4 << 47, systems.root, || panic!("the root is open")).unwrap();
+        let shm = File::open("/dev/shm").unwrap();
+        let device = shm.metadata().unwrap().dev();
+        for _ in 0..2 {
+            systems.note(5 << 47, device, || shm.try_clone()).unwrap();
+        }
+        let synced = std::cell::Cell::new(0);
+        let failed = systems.for_each_mount(|mount| {
+            assert_eq!(mount.metadata()?.dev(), device);
+            synced.set(synced.get() + 1);
+            Err(io::ErrorKind::StorageFull.into())
+        });
+        assert_eq!((synced.get(), failed.unwrap_err().kind()), (1, io::ErrorKind::StorageFull));
         for code in 0..60 {
             let given = [2, 3, 17, 22, 23, 34, 42].contains(&code);
             assert_eq!(systems.refuses(code, node), !given, "{code}");

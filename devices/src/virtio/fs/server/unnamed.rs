@@ -8,7 +8,7 @@
 //! A file that gets its name (FUSE_LINK) is found under it by the library from then on, with a node id of the library's.
 //! Nothing is left on the host by a crash: the host removes an unnamed file when its last descriptor is closed.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::CStr;
 use std::fs::File;
 use std::io;
@@ -19,7 +19,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
-use fuse_backend_rs::abi::fuse_abi::{CreateIn, WRITE_KILL_PRIV};
+use fuse_backend_rs::abi::fuse_abi::{CreateIn, FOPEN_IN_KILL_SUIDGID, WRITE_KILL_PRIV};
 use fuse_backend_rs::abi::virtio_fs::SetupmappingFlags;
 use fuse_backend_rs::api::filesystem::{
     Context, Entry, FileSystem, GetxattrReply, ListxattrReply, SetattrValid, ZeroCopyReader, ZeroCopyWriter,
@@ -43,6 +43,8 @@ pub(super) struct Files {
     /// Counts what the guest knows and has open, directories included.
     pub(super) budget: Arc<Budget>,
     unnamed: RwLock<HashMap<u64, Arc<Unnamed>>>,
+    /// Handles of which each write is to be stable (O_SYNC, O_DSYNC); the library does not tell.
+    synchronous: RwLock<HashSet<u64>>,
     /// Counts node ids and handles; neither is ever given out twice.
     last: AtomicU64,
     timeout: Duration,
@@ -71,7 +73,10 @@ impl Unnamed {
         std::mem::take(&mut *self.handles.lock().unwrap_or_else(PoisonError::into_inner)).len()
     }
 
-    fn open(&self, flags: i32) -> io::Result<File> {
+    fn open(&self, flags: i32, fuse_flags: u32) -> io::Result<File> {
+        if fuse_flags & FOPEN_IN_KILL_SUIDGID != 0 {
+            self.kill_set_id()?;
+        }
         // O_NOFOLLOW would open the link in /proc.
         let flags = OFlags::from_bits_retain((flags & !libc::O_NOFOLLOW) as u32) | OFlags::CLOEXEC;
         let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
@@ -112,7 +117,8 @@ impl Files {
         timeout: Duration,
     ) -> Files {
         let last = AtomicU64::new(FIRST_NODE);
-        Files { named, pseudo, budget, unnamed: RwLock::default(), last, timeout }
+        let (unnamed, synchronous) = (RwLock::default(), RwLock::default());
+        Files { named, pseudo, budget, unnamed, synchronous, last, timeout }
     }
 
     /// The file without a name that has this node id.
@@ -180,6 +186,7 @@ impl Files {
     pub(super) fn destroy(&self) {
         self.budget.clear();
         self.unnamed.write().unwrap_or_else(PoisonError::into_inner).clear();
+        self.synchronous.write().unwrap_or_else(PoisonError::into_inner).clear();
         self.named.destroy();
     }
 
@@ -249,13 +256,27 @@ impl Files {
         self.budget.take()?;
         let opened = match self.unnamed(node) {
             None => self.named.open(context, node, flags, fuse_flags).map(|(handle, ..)| handle),
-            Some(unnamed) => unnamed.open(flags as i32).map(|file| {
+            Some(unnamed) => unnamed.open(flags as i32, fuse_flags).map(|file| {
                 let handle = self.last.fetch_add(1, Relaxed) + 1;
                 unnamed.insert(handle, file);
                 Some(handle)
             }),
         };
-        opened.inspect_err(|_| self.budget.give_back())
+        let handle = opened.inspect_err(|_| self.budget.give_back())?;
+        self.note_synchronous(handle, flags);
+        Ok(handle)
+    }
+
+    pub(super) fn note_synchronous(&self, handle: Option<u64>, flags: u32) {
+        // O_SYNC has the bit of O_DSYNC.
+        if let Some(handle) = handle.filter(|_| flags & libc::O_DSYNC as u32 != 0) {
+            self.synchronous.write().unwrap_or_else(PoisonError::into_inner).insert(handle);
+        }
+    }
+
+    /// Whether what is written by way of this handle is to be stable when the reply comes.
+    pub(super) fn is_synchronous(&self, handle: u64) -> bool {
+        self.synchronous.read().unwrap_or_else(PoisonError::into_inner).contains(&handle)
     }
 
     pub(super) fn release(&self, context: &Context, node: u64, flags: u32, handle: u64) -> io::Result<()> {
@@ -265,6 +286,9 @@ impl Files {
                 let mut handles = unnamed.handles.lock().unwrap_or_else(PoisonError::into_inner);
                 handles.remove(&handle).ok_or_else(|| errno(libc::EBADF))?;
             }
+        }
+        if self.is_synchronous(handle) {
+            self.synchronous.write().unwrap_or_else(PoisonError::into_inner).remove(&handle);
         }
         self.budget.give_back();
         Ok(())
@@ -310,6 +334,13 @@ impl Files {
             unnamed.kill_set_id()?;
         }
         let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
+        // fcntl(2) changes it in the client, and here the host would append wherever it is to be written to.
+        let (now, append) = (rustix::fs::fcntl_getfl(&*file)?, flags & libc::O_APPEND as u32 != 0);
+        if now.contains(OFlags::APPEND) != append {
+            let mut changed = now;
+            changed.set(OFlags::APPEND, append);
+            rustix::fs::fcntl_setfl(&*file, changed)?;
+        }
         reader.read_to(&mut *file, size as usize, offset)
     }
 
@@ -390,7 +421,7 @@ impl Files {
             return self.named.setupmapping(context, node, 0, foffset, len, flags, moffset, mapper);
         };
         let is_writable = flags & SetupmappingFlags::WRITE.bits() != 0;
-        let file = unnamed.open(if is_writable { libc::O_RDWR } else { libc::O_RDONLY })?;
+        let file = unnamed.open(if is_writable { libc::O_RDWR } else { libc::O_RDONLY }, 0)?;
         mapper.map(foffset, moffset, len, flags, file.as_raw_fd())
     }
 

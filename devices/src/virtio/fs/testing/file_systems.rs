@@ -16,7 +16,7 @@ pub(in crate::virtio::fs) fn directory_with_attributes() -> Option<TempDir> {
     let directory = directory_on(Path::new("/dev/shm"), &[0x0102_1994])?;
     let no_flags = rustix::fs::XattrFlags::empty();
     if rustix::fs::setxattr(directory.path(), c"user.test", b"", no_flags).is_err() {
-        eprintln!("SKIPPED on tmpfs: before Linux 6.6 it has no user attributes");
+        skipped!("on tmpfs: before Linux 6.6 it has no user attributes");
         return None;
     }
     Some(directory)
@@ -33,6 +33,6 @@ fn directory_on(parent: &Path, kinds: &[u64]) -> Option<TempDir> {
     if kinds.contains(&kind) {
         return Some(directory);
     }
-    eprintln!("SKIPPED on {}: its file system is {kind:#x} and not one of {kinds:#x?}", parent.display());
+    skipped!("on {}: its file system is {kind:#x} and not one of {kinds:#x?}", parent.display());
     None
 }

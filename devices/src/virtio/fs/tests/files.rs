@@ -1,14 +1,17 @@
 //! Files, directories and names, on writable and on read-only shares.
 
+use std::fs::File;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, PermissionsExt};
 
-use fuse_backend_rs::abi::fuse_abi::{CopyFileRangeIn, GetxattrIn, SetattrIn, WRITE_KILL_PRIV, WriteIn};
+use fuse_backend_rs::abi::fuse_abi::{
+    CopyFileRangeIn, GetxattrIn, SetattrIn, WRITE_CACHE, WRITE_KILL_PRIV, WriteIn,
+};
 use vm_memory::ByteValued;
 
 use crate::virtio::fs::abi::opcode;
 use crate::virtio::fs::policy::Policy;
-use crate::virtio::fs::testing::{FakeGuest, PER_FILE, READ, ROOT, WRITE, nul};
+use crate::virtio::fs::testing::{FakeGuest, PER_FILE, READ, ROOT, WRITE, directory_with_flags, nul};
 
 #[test]
 fn a_file_is_created_written_read_and_removed() {
@@ -222,6 +225,31 @@ fn extended_attributes_pass_and_acls_do_not() {
     assert!(guest.call(opcode::LISTXATTR, file, &[list.as_slice()]).unwrap().ends_with(b"user.test\0"));
     guest.call(opcode::REMOVEXATTR, file, &[&nul("user.test")]).unwrap();
     assert_eq!(guest.getxattr(file, "user.test", 100), Err(libc::ENODATA));
+}
+
+/// The client looks at nothing but the error of what it writes back.
+#[test]
+fn what_is_written_back_is_written_whole_or_fails() {
+    let Some(share) = directory_with_flags() else { return };
+    let mut guest = FakeGuest::on(share, |_| ());
+    guest.init(PER_FILE).unwrap();
+    let (entry, open) = guest.create(ROOT, "file", libc::O_RDWR | libc::O_APPEND).unwrap();
+    let mut write = |offset, fuse_flags, len: usize| {
+        let ask = WriteIn { fh: open.fh, offset, size: len as u32, fuse_flags, ..Default::default() };
+        guest.call(opcode::WRITE, entry.nodeid, &[ask.as_slice(), &vec![7; len]]).map(|reply| reply[0])
+    };
+    assert_eq!(write(4096, WRITE_CACHE, 8), Ok(8));
+    // A file of ext4 ends behind the first half of it; elsewhere it may be longer.
+    let near = (u64::from(u32::MAX) << 12) - 8192;
+    let written = write(near, WRITE_CACHE, 16384);
+    assert_eq!(write(0, WRITE_CACHE, (1 << 20) + 1), Err(libc::EINVAL), "more than max_write");
+    assert_eq!(write(0, 0, (1 << 20) + 1), Err(libc::EINVAL));
+    let bytes = File::open(guest.path("file")).unwrap();
+    let is_whole = bytes.metadata().unwrap().len() == near + 16384;
+    assert_eq!(written, if is_whole { Ok(0) } else { Err(libc::EFBIG) });
+    let mut start = [1; 5000];
+    bytes.read_exact_at(&mut start, 0).unwrap();
+    assert!(start[..4096].iter().all(|byte| *byte == 0) && start[4096..4104] == [7; 8]);
 }
 
 #[test]

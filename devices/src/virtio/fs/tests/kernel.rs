@@ -44,7 +44,7 @@ impl Mount {
         let mountpoint = TempDir::new().unwrap();
         let target = CString::new(mountpoint.path().as_os_str().as_bytes()).unwrap();
         let Ok(fuse) = OpenOptions::new().read(true).write(true).open("/dev/fuse") else {
-            eprintln!("SKIPPED: no /dev/fuse");
+            skipped!("no /dev/fuse");
             return None;
         };
         let options =
@@ -53,7 +53,7 @@ impl Mount {
         let (name, kind) = (c"daxvm-test".as_ptr(), c"fuse".as_ptr());
         // SAFETY: all are strings that live through the call.
         if unsafe { libc::mount(name, target.as_ptr(), kind, 0, options.as_ptr().cast()) } != 0 {
-            eprintln!("SKIPPED: cannot mount: {}", io::Error::last_os_error());
+            skipped!("cannot mount: {}", io::Error::last_os_error());
             return None;
         }
         let path = share.path().to_path_buf();
@@ -317,7 +317,7 @@ fn an_overlay_on_top_opens_what_it_knows() {
         let (kind, data) = (c"overlay".as_ptr(), options.as_ptr().cast());
         // SAFETY: all are strings that live through the call.
         if unsafe { libc::mount(kind, target.as_ptr(), kind, 0, data) } != 0 {
-            eprintln!("SKIPPED: cannot mount an overlay: {}", io::Error::last_os_error());
+            skipped!("cannot mount an overlay: {}", io::Error::last_os_error());
             return;
         }
         let merged = layers.join("merged/file");

@@ -135,7 +135,7 @@ fn further_mappings_are_like_the_first() {
     std::fs::set_permissions(&path, PermissionsExt::from_mode(0o4644)).unwrap();
     let has_capabilities = rustix::fs::setxattr(&path, NAME, &CHOWN, rustix::fs::XattrFlags::empty()).is_ok();
     if !has_capabilities {
-        eprintln!("SKIPPED in part: files cannot be given capabilities here");
+        skipped!("in part: files cannot be given capabilities here");
     }
     let kept = |path: &std::path::Path| rustix::fs::getxattr(path, NAME, &mut [0; 32]).is_ok();
     guest.setupmapping(file, CHUNK_SIZE, CHUNK_SIZE, READ).unwrap();

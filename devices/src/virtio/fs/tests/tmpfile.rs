@@ -4,7 +4,9 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
-use fuse_backend_rs::abi::fuse_abi::{CreateIn, EntryOut, GetxattrIn, OpenOut, SetattrIn};
+use fuse_backend_rs::abi::fuse_abi::{
+    CreateIn, EntryOut, FOPEN_IN_KILL_SUIDGID, GetxattrIn, OpenIn, OpenOut, SetattrIn, WRITE_CACHE, WriteIn,
+};
 use vm_memory::ByteValued;
 
 use crate::virtio::fs::abi::{ATTR_DAX, opcode};
@@ -70,6 +72,45 @@ fn a_file_without_a_name_is_a_file() {
 }
 
 #[test]
+fn what_is_written_goes_where_it_belongs() {
+    for share in directories_with_hints() {
+        let mut guest = FakeGuest::on(share, |_| ());
+        guest.init(PER_FILE).unwrap();
+        let flags = libc::O_RDWR | libc::O_APPEND;
+        let (entry, open) = tmpfile(&mut guest, ROOT, flags).unwrap();
+        let (file, fh) = (entry.nodeid, open.fh);
+        let mut write = |offset, flags: i32, fuse_flags, data: &[u8]| {
+            let ask = WriteIn {
+                fh,
+                offset,
+                size: data.len() as u32,
+                fuse_flags,
+                flags: flags as u32,
+                ..Default::default()
+            };
+            guest.call(opcode::WRITE, file, &[ask.as_slice(), data]).map(drop)
+        };
+        write(0, flags, 0, b"begin").unwrap();
+        // From a mapping, and after fcntl(2) took O_APPEND away.
+        write(0, 0, WRITE_CACHE, b"B").unwrap();
+        write(1, libc::O_RDWR, 0, b"E").unwrap();
+        write(0, flags, 0, b" end").unwrap();
+        assert_eq!(guest.read(file, fh, 0, 100).unwrap(), b"BEgin end");
+    }
+}
+
+#[test]
+fn truncating_takes_the_set_id_bits() {
+    let mut guest = FakeGuest::mounted(Policy::Never);
+    let (entry, _) = tmpfile(&mut guest, ROOT, libc::O_RDWR).unwrap();
+    let mode = SetattrIn { valid: 1, mode: 0o4755, ..Default::default() };
+    assert_eq!(guest.setattr(entry.nodeid, mode).unwrap().mode & 0o7777, 0o4755);
+    let ask = OpenIn { flags: (libc::O_RDWR | libc::O_TRUNC) as u32, fuse_flags: FOPEN_IN_KILL_SUIDGID };
+    guest.call(opcode::OPEN, entry.nodeid, &[ask.as_slice()]).unwrap();
+    assert_eq!(guest.getattr(entry.nodeid, None).unwrap().mode & 0o7777, 0o755);
+}
+
+#[test]
 fn it_can_be_given_a_name() {
     for share in directories_with_hints() {
         let mut guest = FakeGuest::on(share, |_| ());
@@ -124,7 +165,7 @@ fn it_belongs_to_who_asked() {
     let mut guest = FakeGuest::mounted(Policy::Always);
     // SAFETY: geteuid(2) has no preconditions and cannot fail.
     if unsafe { libc::geteuid() } != 0 {
-        eprintln!("SKIPPED: only root creates files in the name of others");
+        skipped!("only root creates files in the name of others");
         return;
     }
     let group = guest.mkdir(ROOT, "group").unwrap().nodeid;

@@ -89,7 +89,7 @@ mod tests {
         let file = tempfile::tempfile_in(directory.path()).unwrap();
         file.set_len(20 * PAGE).unwrap();
         if cached_pages(file.as_fd(), 0, 1).is_err_and(|error| error.raw_os_error() == Some(libc::ENOSYS)) {
-            return eprintln!("SKIPPED: no cachestat(2) here");
+            return skipped!("no cachestat(2) here");
         }
         file.write_all_at(&[1; 8 * PAGE as usize + 1], 0).unwrap();
         let tell = |offset, len| cached(file.as_fd(), offset, len);

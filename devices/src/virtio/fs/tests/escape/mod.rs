@@ -257,7 +257,7 @@ fn parts(parts: &[Vec<u8>]) -> Vec<&[u8]> {
 fn is_root() -> bool {
     let is_root = rustix::process::geteuid().is_root();
     if !is_root {
-        eprintln!("SKIPPED: only root can do what is tried here");
+        skipped!("only root can do what is tried here");
     }
     is_root
 }

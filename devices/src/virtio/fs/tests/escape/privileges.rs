@@ -97,7 +97,7 @@ fn every_way_to_write_takes_set_id_bits_and_capabilities() {
                 std::fs::set_permissions(&path, PermissionsExt::from_mode(mode)).unwrap();
                 let set = rustix::fs::XattrFlags::empty();
                 if capabilities && rustix::fs::setxattr(&path, CAPABILITIES, &NET_RAW, set).is_err() {
-                    eprintln!("SKIPPED: no file capabilities on {}", path.display());
+                    skipped!("no file capabilities on {}", path.display());
                     continue;
                 }
                 let node = guest.lookup(ROOT, "program").unwrap().nodeid;
@@ -168,8 +168,10 @@ fn nobody_owns_nothing() {
     assert!(!yard.share("new").exists());
 }
 
+/// The guest's kernel has checked whether the user may: by groups, capabilities and user namespaces, of which requests say
+/// nothing. What is made belongs to the user, and gets no right that the user has not.
 #[test]
-fn other_users_have_no_more_rights_than_they_have() {
+fn files_are_made_in_the_name_of_users() {
     if !is_root() {
         return;
     }
@@ -180,23 +182,32 @@ fn other_users_have_no_more_rights_than_they_have() {
     let create = bytes(&CreateIn { flags: libc::O_RDWR as u32, mode: 0o100_644, ..Default::default() });
     let mkdir = bytes(&MkdirIn { mode: 0o755, umask: 0 });
     let mknod = |mode| bytes(&MknodIn { mode, rdev: 0x103, ..Default::default() });
-    let new = nul("new");
-    let requests: [(u32, &[&[u8]], i32); 6] = [
-        (opcode::CREATE, &[&create, &new], libc::EACCES),
-        (opcode::MKDIR, &[&mkdir, &new], libc::EACCES),
-        (opcode::MKNOD, &[&mknod(libc::S_IFREG), &new], libc::EACCES),
-        (opcode::MKNOD, &[&mknod(libc::S_IFIFO), &new], libc::EACCES),
-        (opcode::MKNOD, &[&mknod(libc::S_IFCHR), &new], libc::EPERM),
-        (opcode::SYMLINK, &[&new, &new], libc::EACCES),
+    let requests: [(u32, &[u8]); 5] = [
+        (opcode::CREATE, &create),
+        (opcode::MKDIR, &mkdir),
+        (opcode::MKNOD, &mknod(libc::S_IFREG)),
+        (opcode::MKNOD, &mknod(libc::S_IFIFO)),
+        (opcode::SYMLINK, &[]),
     ];
-    for (code, parts, expected) in requests {
-        // Device nodes are refused for want of CAP_MKNOD, before or after the directory's mode is looked at.
-        let (errno, _) = ask_as(&mut yard.guest, 1000, 1000, code, directory, parts);
-        assert!([expected, libc::EACCES].contains(&errno), "opcode {code}: {errno}");
+    for (number, (code, body)) in requests.into_iter().enumerate() {
+        let (name, target) = (number.to_string(), nul("target"));
+        let name_and_target = [nul(&name), target].concat();
+        let names = if code == opcode::SYMLINK { name_and_target } else { nul(&name) };
+        let (errno, _) = ask_as(&mut yard.guest, 1000, 1001, code, directory, &[body, &names]);
+        assert_eq!(errno, 0, "opcode {code}");
+        let made = yard.share("directory").join(name).symlink_metadata().unwrap();
+        assert_eq!((made.uid(), made.gid()), (1000, 1001), "opcode {code}");
+    }
+    let new = nul("new");
+    let (errno, _) =
+        ask_as(&mut yard.guest, 1000, 1000, opcode::MKNOD, directory, &[&mknod(libc::S_IFCHR), &new]);
+    assert_eq!(errno, libc::EPERM, "a device node takes CAP_MKNOD");
+    for flags in [libc::O_RDWR, libc::O_RDWR | libc::O_TRUNC] {
+        let create = bytes(&CreateIn { flags: flags as u32, mode: 0o100_644, ..Default::default() });
+        let (errno, _) = ask_as(&mut yard.guest, 1000, 1000, opcode::CREATE, ROOT, &[&create, &nul("file")]);
+        assert_eq!(errno, libc::EACCES, "CREATE on a file that is there opens it as the user");
         yard.check("a request of a user");
     }
-    let (errno, _) = ask_as(&mut yard.guest, 1000, 1000, opcode::CREATE, ROOT, &[&create, &nul("file")]);
-    assert_eq!(errno, libc::EACCES, "CREATE on a file that is there opens it as the user");
     // The thread has its own rights back.
     assert!(yard.guest.create(directory, "of-root", libc::O_RDWR).is_ok());
     assert_eq!(yard.share("directory/of-root").metadata().unwrap().uid(), 0);
@@ -218,6 +229,8 @@ fn supplementary_groups_give_nothing() {
     std::thread::spawn(move || {
         // SAFETY: setgroups(2) reads the one group, which lives through the call.
         assert_eq!(unsafe { libc::syscall(libc::SYS_setgroups, 1, &GROUP) }, 0);
+        // SAFETY: setresgid(2) takes three numbers.
+        assert_eq!(unsafe { libc::syscall(libc::SYS_setresgid, GROUP, GROUP, GROUP) }, 0);
         let config = FileSystemConfig {
             tag: "groups".into(),
             path: share.path().into(),
@@ -253,6 +266,16 @@ fn supplementary_groups_give_nothing() {
             // The group's own members may.
             let attr = ask(code, GROUP, &format!("{name} of a member"));
             assert_eq!((attr.gid, attr.mode & 0o7777), (GROUP, 0o2777), "{name}");
+        }
+        // Nor does the group that the process was started with, and none of a request before.
+        std::fs::set_permissions(share.path(), PermissionsExt::from_mode(0o777)).unwrap();
+        for uid in [0, 1000, 0] {
+            let attr = ask(
+                opcode::CREATE,
+                uid,
+                &format!("of {uid} {}", u8::from(share.path().join("of 0 0").exists())),
+            );
+            assert_eq!((attr.uid, attr.gid), (uid, uid));
         }
         drop(device);
     })

@@ -263,7 +263,7 @@ fn huge_pages_of_a_file_are_mapped_as_such() {
     };
     let file = match tmpfs() {
         Ok(file) => file,
-        Err(error) => return eprintln!("SKIPPED: no tmpfs with huge pages can be mounted here: {error}"),
+        Err(error) => return skipped!("no tmpfs with huge pages can be mounted here: {error}"),
     };
     file.write_all_at(&vec![7; 2 * CHUNK_SIZE as usize], 0).unwrap();
     let window = DaxWindow::new(SIZE).unwrap();
