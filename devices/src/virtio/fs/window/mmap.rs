@@ -8,6 +8,8 @@ use std::os::fd::RawFd;
 pub(super) enum Backing {
     /// Address space alone, wherever it is free.
     Nothing,
+    /// Nothing that can be accessed, where nothing is mapped.
+    Gap,
     /// Scratch memory. `placement` is MAP_FIXED or MAP_FIXED_NOREPLACE, as in mmap(2).
     Hole { fd: RawFd, offset: i64, placement: i32 },
     /// A file, in place of what is there.
@@ -26,6 +28,10 @@ pub(super) fn replace(address: *mut u8, len: usize, backing: Backing) -> io::Res
     const PRIVATE: i32 = libc::MAP_PRIVATE | libc::MAP_FIXED;
     let (protection, flags, fd, offset) = match backing {
         Backing::Nothing => (libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0),
+        Backing::Gap => {
+            const NEW: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
+            (libc::PROT_NONE, NEW, -1, 0)
+        }
         Backing::Hole { fd, offset, placement } => (READ_WRITE, libc::MAP_SHARED | placement, fd, offset),
         Backing::File { fd, offset, writable } => {
             let protection = if writable { READ_WRITE } else { libc::PROT_READ };

@@ -1,5 +1,6 @@
 //! What the host takes away, and what the window does about it; docs/window.md says when and why.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -33,14 +34,23 @@ impl Shared {
 
     /// Looks at all files of which pages were replaced (`guard.rs`): the copy that needed it is done.
     pub(super) fn mend(&self) {
-        for page in self.guard.take_pages() {
-            let mut state = self.lock();
+        let pages = self.guard.take_pages();
+        let mut numbers = BTreeSet::new();
+        let mut state = self.lock();
+        for page in pages {
             let chunk = (page - self.base as usize) >> CHUNK_SHIFT;
             let Some(at) = state.table.get(chunk) else { continue };
-            if let Some(file) = state.files.get(at.file) {
+            if let Some(file) = state.files.get(at.file).filter(|_| numbers.insert(at.file)) {
                 file.is_damaged = true;
             }
-            self.look_again(&mut state, at.file);
+        }
+        drop(state);
+        for number in numbers {
+            let mut state = self.lock();
+            // Another file may have the number by now, with which nothing is wrong.
+            if state.files.get(number).is_some_and(|file| file.is_damaged) {
+                self.look_again(&mut state, number);
+            }
         }
     }
 
@@ -176,6 +186,8 @@ impl Shared {
             self.counts.upgraded(table.map(chunk, 1, what, |_| ()));
             return Repair::Done;
         }
+        // What could be upgraded and was not may be gone.
+        file.is_damaged |= is_kept;
         if copies.contains(&page) {
             return Repair::Unneeded;
         }
@@ -186,13 +198,16 @@ impl Shared {
         }
         let offset = (at.offset + (page - start)) as i64;
         let copy = Backing::Copy { fd: file.file.as_raw_fd(), offset };
-        match replace(self.address(page), PAGE as usize, copy) {
-            Ok(_) => {
+        match self.place(page, PAGE, copy) {
+            Ok(()) => {
                 copies.insert(page);
                 self.counts.copied();
                 Repair::Done
             }
-            Err(error) => Repair::Impossible(format!("the window cannot be mapped: {error}")),
+            Err(error) => {
+                file.is_damaged = true;
+                Repair::Impossible(format!("the window cannot be mapped: {}", error.error))
+            }
         }
     }
 

@@ -70,6 +70,13 @@ pub(super) struct Change {
     pub(super) is_any: bool,
 }
 
+/// A range where something was not mapped.
+pub(super) struct NotPlaced {
+    pub(super) error: io::Error,
+    /// Whether what was there before is gone.
+    pub(super) is_gone: bool,
+}
+
 impl Shared {
     /// Shows a part of a file; see [`super::DaxWindow::map`].
     pub(super) fn map(
@@ -117,11 +124,8 @@ impl Shared {
         let part = state.files.get(number).map_or(len, |file| file.shown(offset, len));
         if part > 0 {
             let backing = Backing::File { fd: fd.as_raw_fd(), offset: offset as i64, writable };
-            if let Err(error) = replace(self.address(chunks.start()), part as usize, backing) {
-                // Before Linux 6.12 a mapping that fails late (in the file system) has removed the old one already. The
-                // gap must be closed at once, or something else of the process would come to lie in the window. Where
-                // the old mapping is whole, this says EEXIST and does nothing.
-                if self.punch(chunks.start(), len, libc::MAP_FIXED_NOREPLACE).is_ok() {
+            if let Err(NotPlaced { error, is_gone }) = self.place(chunks.start(), part, backing) {
+                if is_gone && self.punch(chunks.start(), len, libc::MAP_FIXED).is_ok() {
                     self.counts.gone(self.forget_chunks(state, chunks));
                 }
                 self.close_if_unused(state, number);
@@ -201,12 +205,19 @@ impl Shared {
     pub(super) fn clear(&self) -> io::Result<()> {
         let all = self.all();
         let mut state = self.lock();
+        let mut result = Ok(());
         if self.counts.mapped_chunks() > 0 {
-            self.punch(all.start(), all.bytes(), libc::MAP_FIXED)?;
-            state.copies.clear();
-            self.counts.cleared(self.forget_chunks(&mut state, all));
+            for piece in self.scratch.pieces(all.start(), all.bytes()) {
+                let punched = self.punch_piece(piece, libc::MAP_FIXED);
+                if punched.is_ok() {
+                    let (start, _, len) = piece;
+                    state.forget_copies(start, len);
+                    self.counts.cleared(self.forget_chunks(&mut state, Chunks::of(start, len)));
+                }
+                result = result.and(punched);
+            }
         }
-        self.scratch.clear()
+        result.and(self.scratch.clear())
     }
 
     fn forget_chunks(&self, state: &mut State, chunks: Chunks) -> u64 {
@@ -280,12 +291,14 @@ impl Shared {
                 result = result.and(self.blank(start + after, to - after));
             }
             forget_within(copies, start + from, to - from);
-            if let Err(error) = result {
-                // The next look at the file tries again; until then a vCPU that touches these pages waits.
-                tracing::error!(%error, "Cannot map a shared file again that has changed its size");
-                file.is_damaged = true;
+            match result {
+                Ok(()) => change.is_any = true,
+                Err(error) => {
+                    // The next look at the file tries again.
+                    tracing::error!(%error, "Cannot map a shared file again that has changed its size");
+                    file.is_damaged = true;
+                }
             }
-            change.is_any = true;
         }
         file.end = new;
         match (old.is_some(), new.is_some()) {
@@ -310,7 +323,18 @@ impl Shared {
         writable: bool,
     ) -> io::Result<()> {
         let backing = Backing::File { fd: file.file.as_raw_fd(), offset: offset as i64, writable };
-        replace(self.address(at), len as usize, backing).map(drop)
+        self.place(at, len, backing).map_err(|failed| failed.error)
+    }
+
+    /// Puts a file, or a copy of it, where something else is mapped. A mapping that fails late, in the file system, has
+    /// removed the old one already (`vms_abort_munmap_vmas` of mm/vma.c, and before Linux 6.12 mmap_region of mm/mmap.c). The gap
+    /// is closed at once, or something else of the process would come to lie in the window.
+    pub(super) fn place(&self, at: u64, len: u64, backing: Backing) -> Result<(), NotPlaced> {
+        replace(self.address(at), len as usize, backing).map(drop).map_err(|error| {
+            // Where the old mapping is whole this says EEXIST, and does nothing.
+            let is_gone = replace(self.address(at), len as usize, Backing::Gap).is_ok();
+            NotPlaced { error, is_gone }
+        })
     }
 
     /// Puts zeros in a range behind a file's end. A vCPU that writes there has it repaired.
