@@ -106,6 +106,7 @@ pub enum BuildError {
 /// See [`BuildError`].
 pub(crate) fn build(config: ValidConfig, wiring: Wiring) -> Result<Vm, BuildError> {
     let started = Instant::now();
+    sandbox::survive_file_size();
     let kvm = open_kvm()?;
     let vm = create_vm(&kvm)?;
     let slots = Slots::new(Arc::clone(&vm));

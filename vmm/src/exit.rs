@@ -51,6 +51,11 @@ impl Buses {
             VcpuExit::FailEntry(reason, cpu) => {
                 return Err(Fatal::Kvm(format!("entry failed on CPU {cpu}, hardware reason {reason:#x}")));
             }
+            VcpuExit::InternalError => {
+                let message = "KVM could not carry out an instruction of the guest. If /proc/cpuinfo has neither vmx nor \
+                               svm, the KVM of this machine is not one in hardware, and runs no kernel";
+                return Err(Fatal::Kvm(message.into()));
+            }
             other => return Err(Fatal::Kvm(format!("unexpected exit {other:?}"))),
         }
         Ok(())

@@ -5,6 +5,15 @@
 //! [`Report`]. [`Vm::ending`] gives the means to end it from another thread. Between the two, [`Vm::confine`] takes from
 //! the process what its guest does not need.
 
+/// Says what this machine lacks for a test, where the test's own output is not kept back; `scripts/test` counts it.
+#[cfg(test)]
+macro_rules! skipped {
+    ($($why:tt)*) => {{
+        use std::io::Write as _;
+        let _ = writeln!(std::io::stderr(), "SKIPPED: {}", format_args!($($why)*));
+    }};
+}
+
 pub mod api;
 mod arch;
 mod boot;

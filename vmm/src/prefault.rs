@@ -98,13 +98,13 @@ mod tests {
 
     #[test]
     fn memory_is_prefaulted_while_the_guest_has_it() {
-        let Ok(kvm) = Kvm::new() else { return eprintln!("SKIPPED: no /dev/kvm here") };
+        let Ok(kvm) = Kvm::new() else { return skipped!("no /dev/kvm here") };
         let vm = Arc::new(kvm.create_vm().unwrap());
         vm.create_irq_chip().unwrap();
         let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).unwrap();
         let _first = vm.create_vcpu(0).unwrap();
         let Some(vcpu) = PrefaultVcpu::new(&kvm, &vm, 1, &cpuid) else {
-            return eprintln!("SKIPPED: KVM cannot prefault memory here");
+            return skipped!("KVM cannot prefault memory here");
         };
         let ram = GuestRam::new(64 << 20).unwrap();
         let slots = Slots::new(Arc::clone(&vm));

@@ -256,7 +256,7 @@ mod tests {
     /// A vCPU in real mode that runs `code` at address 0x1000.
     fn vcpu(code: &[u8]) -> Option<(Vcpu, mpsc::Receiver<Fatal>, GuestRam)> {
         let Ok(kvm) = Kvm::new() else {
-            eprintln!("SKIPPED: no /dev/kvm here");
+            skipped!("no /dev/kvm here");
             return None;
         };
         let vm = Arc::new(kvm.create_vm().unwrap());

@@ -3,7 +3,7 @@
 use devices::text::unknown;
 use devices::virtio::fs::policy::UnknownPolicy;
 
-use super::share::parse_prefault;
+use super::share::{Given, parse_prefault};
 use crate::config::{DiskConfig, RootConfig, parse_window, split_options};
 use crate::guest::protocol::RootMode;
 
@@ -16,7 +16,12 @@ pub fn parse_root(text: &str) -> Result<RootConfig, String> {
     let path =
         path.ok_or("give a directory: DIR[,rw|ro|overlay][,dax=POLICY][,window=SIZE][,prefault=PAGES]")?;
     let mut root = RootConfig { path: path.into(), ..RootConfig::default() };
+    let mut given = Given::default();
     for option in options {
+        given.once(match option.split_once('=') {
+            Some((key, _)) => key,
+            None => "mode",
+        })?;
         match option.split_once('=') {
             None if option == "rw" => root.mode = RootMode::Rw,
             None if option == "ro" => root.mode = RootMode::Ro,
@@ -85,6 +90,8 @@ mod tests {
             ("", "give a directory"),
             (",rw", "give a directory"),
             ("/,rww", "did you mean `rw`"),
+            ("/,ro,rw", "`mode` is given twice"),
+            ("/,dax=never,dax=never", "`dax` is given twice"),
             ("/srv/a,b", "written twice (`,,`)"),
             ("/,windo=32M", "did you mean `window`"),
             ("/,window=33M", "use 32M or 34M"),

@@ -15,11 +15,13 @@ pub fn parse_share(text: &str) -> Result<ShareConfig, String> {
     let (mut tag, mut path) = (None, None);
     let (mut read_only, mut window, mut dax) = (false, None, DaxConfig::default());
     let (mut prefault, mut cache) = (Prefault::default(), CacheMode::default());
+    let mut given = Given::default();
     for part in split_options(text) {
         let (key, value) = match part.split_once('=') {
             Some((key, value)) => (key, Some(value)),
             None => (&*part, None),
         };
+        given.once(key)?;
         let value = |example: &str| {
             let given = value.filter(|value| !value.is_empty());
             given.ok_or_else(|| format!("`{key}` needs a value, for example {key}={example}"))
@@ -55,6 +57,21 @@ pub fn parse_share(text: &str) -> Result<ShareConfig, String> {
         prefault,
         cache,
     })
+}
+
+/// What an option has been given, each of which it takes once.
+#[derive(Default)]
+pub(super) struct Given(Vec<String>);
+
+impl Given {
+    /// Notes a key.
+    pub(super) fn once(&mut self, key: &str) -> Result<(), String> {
+        if self.0.iter().any(|other| other == key) {
+            return Err(format!("`{key}` is given twice: leave one of them out"));
+        }
+        self.0.push(key.to_owned());
+        Ok(())
+    }
 }
 
 /// Parses the value of `prefault`.
@@ -105,6 +122,7 @@ mod tests {
             ("tag=a,path=/,ro=1", "takes no value"),
             ("tag=a,path=/,window=lots", "is no size"),
             ("tag=a,path=/,window=33M", "use 32M or 34M"),
+            ("tag=a,path=/a,path=/b", "`path` is given twice"),
             ("tag=a,path=/a,b", "written twice (`,,`)"),
             ("tag=a,path=/,dax=alway", "did you mean `always`"),
             ("tag=a,path=/,cache=alway", "did you mean `always`"),

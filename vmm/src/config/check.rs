@@ -9,6 +9,7 @@ use devices::text::chain;
 
 use super::{DaxConfig, MAX_SHARES, RootConfig, RunConfig};
 use crate::guest::protocol::RootMode;
+use crate::runner::OWN_TAGS;
 
 /// Something wrong with a configuration. The message names what to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -153,7 +154,11 @@ impl RunConfig {
         only_for_commands(!self.env.is_empty(), "env");
         only_for_commands(self.directory.is_some(), "chdir");
         only_for_commands(self.modules.is_some(), "modules");
-        if self.kernel.is_none() {
+        only_for_commands(self.boot_timeout.is_some(), "boot-timeout");
+        if self.kernel.is_none() && self.initrd.is_some() {
+            problems
+                .add(&["kernel"], "--kernel is missing: there is a default for guests with a command alone");
+        } else if self.kernel.is_none() {
             let message = "There is nothing to run: give a command after `--`, as in `daxvm run -- uname -a`, or a \
                            guest of your own with --kernel and --initrd";
             problems.add(&[], message);
@@ -187,6 +192,12 @@ impl RunConfig {
         for (i, share) in self.shares.iter().enumerate() {
             let index = i.to_string();
             let tag = &share.tag;
+            if !self.command.is_empty() && tag.starts_with(OWN_TAGS) {
+                let message = format!(
+                    "Tags that begin with `{OWN_TAGS}`, as `{tag}` does, are daxvm's own: give another"
+                );
+                problems.add(&["share", &index, "tag"], message);
+            }
             if self.shares[..i].iter().any(|other| other.tag == *tag) {
                 let message = format!("Two shares have the tag `{tag}`: give one of them another tag");
                 problems.add(&["share", &index, "tag"], message);

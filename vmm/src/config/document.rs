@@ -206,6 +206,8 @@ fn in_words(key: Option<&str>, message: &str) -> String {
         Some(((found, expected), key)) => {
             format!("`{key}` takes {}, not {}", kind(expected), kind(found))
         }
+        // What has several forms, a name among them.
+        None if message == "wanted string or table" => format!("{prefix}give a name, in quotes"),
         None => format!("{prefix}{message}"),
     }
 }
@@ -292,7 +294,7 @@ mod tests {
         assert_eq!(
             mistakes("version = 1\none = { kind = 7, name = 3 }\nitem = 5\n"),
             [
-                "2:16: `kind`: wanted string or table",
+                "2:16: `kind`: give a name, in quotes",
                 "2:26: `name` takes a string, not integer `3`",
                 "3:8: `item` takes an array, not integer `5`",
             ]

@@ -241,7 +241,7 @@ read-only = true
             parse(text).unwrap_err(),
             [
                 "2:8: `cpus`: a guest has 1 to 32 vCPUs",
-                "3:10: `memory`: a guest has 64 MiB to 512 GiB of memory, in steps of 2 MiB; the nearest is 64M",
+                "3:10: `memory`: a guest has 64 MiB to 512 GiB of memory, in steps of 2 MiB; the nearest is 64M; did you mean 100M?",
                 "4:1: unknown key `kernal`; did you mean `kernel`?",
                 "5:11: `timeout`: `soon` is no duration; write a number with ms, s, m, h or d, for example 90s",
                 "6:11: `command` takes an array of a program and its arguments, as in [\"sh\", \"-c\", \"make test\"], \

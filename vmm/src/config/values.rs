@@ -45,9 +45,11 @@ pub(super) fn check_memory(bytes: u64) -> Result<u64, String> {
     }
     let nearest = bytes.clamp(MIN_MEMORY, MAX_MEMORY).next_multiple_of(HUGE_PAGE);
     let most = Bytes(MAX_MEMORY);
+    let nearest = nearest >> 20;
+    let meant =
+        if (2..1 << 20).contains(&bytes) { format!("; did you mean {bytes}M?") } else { String::new() };
     Err(format!(
-        "a guest has 64 MiB to {most} of memory, in steps of 2 MiB; the nearest is {}M",
-        nearest >> 20
+        "a guest has 64 MiB to {most} of memory, in steps of 2 MiB; the nearest is {nearest}M{meant}"
     ))
 }
 

@@ -12,7 +12,7 @@ pub fn run(name: &str, flags: &[&str]) {
         command
     };
     if !unshare().arg("true").output().is_ok_and(|output| output.status.success()) {
-        eprintln!("SKIPPED: this system does not allow unshare {}", flags.join(" "));
+        skipped!("this system does not allow unshare {}", flags.join(" "));
         return;
     }
     let this = std::env::current_exe().unwrap();

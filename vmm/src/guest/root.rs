@@ -176,7 +176,7 @@ mod tests {
         if namespace::is_root() {
             namespace::run("guest::root::tests::in_a_namespace", &["--mount", "--uts", "--net"]);
         } else {
-            eprintln!("SKIPPED: this test needs root");
+            skipped!("this test needs root");
         }
     }
 

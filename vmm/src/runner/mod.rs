@@ -25,6 +25,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 pub use kernel::KernelError;
+pub(crate) use plan::OWN_TAGS;
 pub use plan::{Console, Plan, PlanError, plan};
 
 use crate::api::SocketError;

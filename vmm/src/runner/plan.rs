@@ -23,6 +23,8 @@ use crate::initramfs::{Module, ModuleError, ModuleTree};
 use crate::metrics;
 use crate::sandbox::Outputs;
 
+/// How tags begin that are not the user's to give.
+pub(crate) const OWN_TAGS: &str = "daxvm-";
 /// The tag of the root file system's share; those of `--rw` have a number behind it.
 const ROOT_TAG: &str = "daxvm-root";
 /// How long a guest may show no sign of life before its init runs.
@@ -517,7 +519,7 @@ mod tests {
         ] {
             let dir = kernels.join(name);
             if !dir.exists() {
-                eprintln!("SKIPPED: no {}; run scripts/fetch-kernel {name}", dir.display());
+                skipped!("no {}; run scripts/fetch-kernel {name}", dir.display());
                 continue;
             }
             for kernel in [dir.clone(), dir.join("vmlinuz"), dir.join("vmlinux")] {

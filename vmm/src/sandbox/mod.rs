@@ -18,6 +18,7 @@
 mod capabilities;
 mod landlock;
 mod limits;
+pub(crate) use limits::survive_file_size;
 mod namespaces;
 pub(crate) mod seccomp;
 #[cfg(test)]

@@ -184,9 +184,22 @@ fn status(key: &str) -> String {
 }
 
 #[test]
+fn a_limit_of_file_sizes_is_an_error() {
+    succeeded(in_own_process("a_limit_of_file_sizes_is_an_error", None, |place| {
+        survive_file_size();
+        let limit = rustix::process::Rlimit { current: Some(4096), maximum: None };
+        rustix::process::setrlimit(rustix::process::Resource::Fsize, limit).unwrap();
+        let file = File::create(place.path("rw/long")).unwrap();
+        assert_eq!(rustix::io::pwrite(&file, &[1; 8192], 0), Ok(4096));
+        assert_eq!(rustix::io::pwrite(&file, &[1], 4096), Err(Errno::FBIG));
+        assert_eq!(rustix::fs::ftruncate(&file, 8192), Err(Errno::FBIG));
+    }));
+}
+
+#[test]
 fn root_keeps_the_shares_and_what_they_need() {
     if !is_root() {
-        eprintln!("SKIPPED: not root");
+        skipped!("not root");
         return;
     }
     let name = "root_keeps_the_shares_and_what_they_need";
@@ -221,7 +234,7 @@ fn root_keeps_the_shares_and_what_they_need() {
 #[test]
 fn an_ordinary_user_keeps_the_shares_alone() {
     if !is_root() && env::var_os(DIRECTORY).is_none() {
-        eprintln!("SKIPPED: only root can become another user");
+        skipped!("only root can become another user");
         return;
     }
     let name = "an_ordinary_user_keeps_the_shares_alone";

@@ -1,7 +1,9 @@
 //! Which guest addresses an instruction accesses. KVM_RUN that ends in EFAULT does not say at which of them it could
 //! not go on (api.rst, KVM_CAP_MEMORY_FAULT_INFO, promises it; x86 does not do it for memory that the host lost).
 
-use iced_x86::{Decoder, DecoderOptions, Instruction, InstructionInfoFactory, OpAccess, OpKind, Register};
+use iced_x86::{
+    Decoder, DecoderOptions, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register,
+};
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -16,8 +18,8 @@ const MAX_INSTRUCTION: usize = 15;
 pub struct StoppedAt {
     /// Its linear address.
     pub instruction: u64,
-    /// Its code, its operands in memory (the first and the last byte of each), and the top of its stack, in this order;
-    /// those that the page tables do not lead to are left out.
+    /// Its code, and what it accesses in memory, the stack included: the first and the last byte of each. Those that the
+    /// page tables do not lead to are left out.
     pub accesses: Vec<Access>,
 }
 
@@ -26,7 +28,7 @@ pub struct StoppedAt {
 pub struct Access {
     /// The guest-physical address.
     pub address: u64,
-    /// Whether it is written to.
+    /// Whether it is written to, as the page tables allow.
     pub write: bool,
 }
 
@@ -41,10 +43,11 @@ pub fn stopped_at(
     mut on_access: impl FnMut(Access),
 ) -> Result<StoppedAt, kvm_ioctls::Error> {
     let (regs, sregs) = (vcpu.get_regs()?, vcpu.get_sregs()?);
-    let physical = |linear: u64| paging::physical(linear, &sregs, memory);
+    let place = |linear: u64| paging::place(linear, &sregs, memory);
     let mut accesses = vec![];
     let mut note = |linear: u64, write: bool| {
-        let access = physical(linear).map(|address| Access { address, write });
+        let access =
+            place(linear).map(|place| Access { address: place.address, write: write && place.writable });
         if let Some(access) = access.filter(|access| !accesses.contains(access)) {
             accesses.push(access);
             on_access(access);
@@ -52,12 +55,11 @@ pub fn stopped_at(
     };
     let instruction = sregs.cs.base.wrapping_add(regs.rip);
     note(instruction, false);
-    let code = read_code(instruction, memory, physical);
+    let code = read_code(instruction, memory, |linear| Some(place(linear)?.address));
     for Operand { start, last, write } in operands(&code, &regs, &sregs) {
         note(start, write);
         note(last, write);
     }
-    note(sregs.ss.base.wrapping_add(regs.rsp), true);
     Ok(StoppedAt { instruction, accesses })
 }
 
@@ -78,7 +80,10 @@ struct Operand {
     write: bool,
 }
 
-/// An instruction's operands in memory.
+/// As much as an instruction accesses that does not say how much (XSAVE): the standard form of what there is today.
+const UNKNOWN_SIZE: u64 = 4096;
+
+/// What an instruction accesses in memory, implied operands included.
 fn operands(code: &[u8], regs: &kvm_regs, sregs: &kvm_sregs) -> Vec<Operand> {
     let bitness = match (sregs.cs.l, sregs.cs.db) {
         (1, _) => 64,
@@ -87,36 +92,35 @@ fn operands(code: &[u8], regs: &kvm_regs, sregs: &kvm_sregs) -> Vec<Operand> {
     };
     let instruction: Instruction = Decoder::with_ip(bitness, code, regs.rip, DecoderOptions::NONE).decode();
     let mut factory = InstructionInfoFactory::new();
-    let info = factory.info(&instruction);
-    let writes = |operand| {
-        use OpAccess::*;
-        matches!(info.op_access(operand), Write | CondWrite | ReadWrite | ReadCondWrite)
-    };
-    let size = instruction.memory_size().size() as u64;
-    let in_memory = |kind: OpKind| {
-        use OpKind::*;
-        matches!(
-            kind,
-            Memory
-                | MemorySegSI
-                | MemorySegESI
-                | MemorySegRSI
-                | MemorySegDI
-                | MemorySegEDI
-                | MemorySegRDI
-                | MemoryESDI
-                | MemoryESEDI
-                | MemoryESRDI
-        )
-    };
-    (0..instruction.op_count())
-        .filter(|operand| in_memory(instruction.op_kind(*operand)))
-        .filter_map(|operand| {
-            let value = |register, _, _| register_value(register, regs, sregs);
-            let start = instruction.virtual_address(operand, 0, value)?;
-            Some(Operand { start, last: start.wrapping_add(size.max(1) - 1), write: writes(operand) })
-        })
-        .collect()
+    let used = factory.info(&instruction).used_memory().iter().filter_map(|memory| {
+        use OpAccess::{CondRead, CondWrite, Read, ReadCondWrite, ReadWrite, Write};
+        let write = match memory.access() {
+            Write | CondWrite | ReadWrite | ReadCondWrite => true,
+            Read | CondRead => false,
+            _ => return None,
+        };
+        let value = |register, _, _| register_value(register, regs, sregs);
+        let start = memory.virtual_address(0, value)?.wrapping_add(bit_offset(&instruction, regs, sregs));
+        // One that repeats itself has no size but that of each time.
+        let sizes = [memory.memory_size(), instruction.memory_size()].map(|size| size.size() as u64);
+        let size = sizes.into_iter().find(|size| *size > 0).unwrap_or(UNKNOWN_SIZE);
+        Some(Operand { start, last: start.wrapping_add(size - 1), write })
+    });
+    used.collect()
+}
+
+/// How far from its operand in memory BT and its like access, in bytes: a register has a bit's number, from anywhere on.
+fn bit_offset(instruction: &Instruction, regs: &kvm_regs, sregs: &kvm_sregs) -> u64 {
+    use Mnemonic::{Bt, Btc, Btr, Bts};
+    if !matches!(instruction.mnemonic(), Bt | Btc | Btr | Bts) || instruction.op1_kind() != OpKind::Register {
+        return 0;
+    }
+    let register = instruction.op1_register();
+    let bits = 8 * register.size() as u32;
+    let number = register_value(register, regs, sregs).unwrap_or_default();
+    // The number has a sign.
+    let number = (number << (64 - bits)) as i64 >> (64 - bits);
+    (number.div_euclid(bits.into()) * i64::from(bits / 8)) as u64
 }
 
 /// A register as an address is computed from it; `None` for those of vectors, which no address that matters here uses.
@@ -159,8 +163,15 @@ mod tests {
     use super::*;
 
     fn operands_of(code: &[u8]) -> Vec<(u64, u64, bool)> {
-        let regs =
-            kvm_regs { rax: 0x1000, rcx: 4, rsi: 0x2000, rdi: 0x3000, rip: 0x10, ..Default::default() };
+        let regs = kvm_regs {
+            rax: 0x1000,
+            rcx: 4,
+            rsi: 0x2000,
+            rdi: 0x3000,
+            rsp: 0x8000,
+            rip: 0x10,
+            ..Default::default()
+        };
         let mut sregs = kvm_sregs::default();
         sregs.cs.l = 1;
         sregs.gs.base = 0x5_0000;
@@ -174,12 +185,36 @@ mod tests {
     fn operands_in_memory_are_found() {
         // mov [rax+rcx*8+0x20], rdi; rep movsq; mov eax, gs:[rcx]; mov rax, [rip+0x100]; add [rax], cl; mov rax, rcx; none.
         assert_eq!(operands_of(&[0x48, 0x89, 0x7c, 0xc8, 0x20]), [(0x1040, 0x1047, true)]);
-        let copy = [(0x3000, 0x3007, true), (0x2000, 0x2007, false)];
-        assert_eq!(operands_of(&[0xf3, 0x48, 0xa5]), copy);
+        let mut copied = operands_of(&[0xf3, 0x48, 0xa5]);
+        copied.sort_unstable();
+        assert_eq!(copied, [(0x2000, 0x2007, false), (0x3000, 0x3007, true)]);
         assert_eq!(operands_of(&[0x65, 0x8b, 0x01]), [(0x5_0004, 0x5_0007, false)]);
         assert_eq!(operands_of(&[0x48, 0x8b, 0x05, 0, 1, 0, 0]), [(0x117, 0x11e, false)]);
         assert_eq!(operands_of(&[0x00, 0x08]), [(0x1000, 0x1000, true)]);
         assert_eq!(operands_of(&[0x48, 0x89, 0xc8]), []);
         assert_eq!(operands_of(&[]), []);
+        // push rax; call [rip]; lea rax, [rcx]; movdir64b rdi, [rsi]; xsave [rax].
+        assert_eq!(operands_of(&[0x50]), [(0x7ff8, 0x7fff, true)]);
+        assert!(operands_of(&[0xe8, 0, 0, 0, 0]).contains(&(0x7ff8, 0x7fff, true)));
+        assert_eq!(operands_of(&[0x48, 0x8d, 0x01]), []);
+        let moved = operands_of(&[0x66, 0x0f, 0x38, 0xf8, 0x3e]);
+        assert!(
+            moved.contains(&(0x2000, 0x203f, false)) && moved.contains(&(0x3000, 0x303f, true)),
+            "{moved:x?}"
+        );
+        assert!(operands_of(&[0x0f, 0xae, 0x20]).contains(&(0x1000, 0x1fff, true)));
+    }
+
+    #[test]
+    fn bits_are_far_from_their_operand() {
+        // bts [rdi], rax; bt dword [rdi], esi; bts qword [rdi], 3; with rax = 0x1000 bits.
+        assert_eq!(operands_of(&[0x48, 0x0f, 0xab, 0x07]), [(0x3200, 0x3207, true)]);
+        assert_eq!(operands_of(&[0x0f, 0xa3, 0x37]), [(0x3400, 0x3403, false)]);
+        assert_eq!(operands_of(&[0x48, 0x0f, 0xba, 0x2f, 3]), [(0x3000, 0x3007, true)]);
+        let regs = kvm_regs { rax: -1_i64 as u64, rdi: 0x3000, ..Default::default() };
+        let mut sregs = kvm_sregs::default();
+        sregs.cs.l = 1;
+        let operand = operands(&[0x48, 0x0f, 0xab, 0x07], &regs, &sregs)[0];
+        assert_eq!((operand.start, operand.last), (0x2ff8, 0x2fff));
     }
 }

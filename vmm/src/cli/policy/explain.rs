@@ -25,7 +25,7 @@ pub(super) struct ExplainArgs {
     /// A policy (never, always, inode, size, size:BYTES, auto) or a rule file
     #[arg(long, value_name = "POLICY", default_value = "auto")]
     policy: DaxConfig,
-    /// Size of the DAX window; by default what `daxvm run` gives a share
+    /// Size of the DAX window; by default that of one share in a guest of 512M; `daxvm run ... --dry-run` shows another's
     #[arg(long, value_name = "SIZE", value_parser = parse_window)]
     window: Option<u64>,
     /// Print JSON

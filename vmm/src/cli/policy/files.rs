@@ -76,7 +76,7 @@ impl Share {
     pub(super) fn walk<E>(
         &self,
         start: &Path,
-        mut each: impl FnMut(Result<HostFile<'_>, walkdir::Error>) -> Result<(), E>,
+        mut each: impl FnMut(Result<HostFile<'_>, String>) -> Result<(), E>,
     ) -> Result<(), E> {
         for entry in WalkDir::new(start).max_open(OPEN_DIRECTORIES) {
             let file = entry.and_then(|entry| {
@@ -86,11 +86,16 @@ impl Share {
             match file {
                 Ok((_, metadata)) if metadata.is_dir() => {}
                 Ok((path, metadata)) => each(Ok(HostFile::new(self, path, metadata)))?,
-                Err(error) => each(Err(error))?,
+                Err(error) => each(Err(unreadable(&error)))?,
             }
         }
         Ok(())
     }
+}
+
+fn unreadable(error: &walkdir::Error) -> String {
+    let path = error.path().unwrap_or(Path::new("a file")).display();
+    error.io_error().map_or(format!("Cannot read {path}"), |why| format!("Cannot read {path}: {why}"))
 }
 
 /// A file, of which a policy's facts are gathered when the policy asks for them.
