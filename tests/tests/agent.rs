@@ -214,7 +214,7 @@ fn direct_reads_go_into_a_mapping() -> Outcome {
     let read = DirectRead { path: (&file).into(), offset: 8192, len: 32_768, map, at: 4096 };
     let reply = agent.reply(&Op::DirectReadIntoMap(read))?;
     if reply.as_ref().is_err_and(|failure| failure.errno == Some(Errno::INVAL.raw_os_error())) {
-        eprintln!("SKIPPED: the temporary directory's file system has no O_DIRECT");
+        let _ = writeln!(std::io::stderr(), "SKIPPED: the temporary directory's file system has no O_DIRECT");
         return Ok(());
     }
     assert_eq!(reply?, 32_768);
