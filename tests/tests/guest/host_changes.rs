@@ -311,9 +311,14 @@ fn no_mappings_left(kernel: &Kernel, dir: &Path) -> Outcome {
         not_dax += u64::from(!vm.stat(path.as_str())?.dax);
     }
     ensure!(refused > 0 && not_dax > 100, "{refused} refused, {not_dax} of 200 are not DAX");
-    drop(_restore);
+    // What is mapped can be taken away all the same, and then there is room again.
+    vm.umount("/mnt")?;
+    vm.mount("t", "/mnt", "dax=inode")?;
+    ensure_eq!(vm.read_bytes("/mnt/file-0", 0, 16)?, expected(content, 0), "a file after all that");
+    ensure!(vm.stat("/mnt/file-0")?.dax, "a file is DAX again");
     let (counts, ended) = finish(vm)?;
     ensure!(counts.failed_setup_mappings > 0, "{counts:?}");
+    ensure_eq!(counts.mapped_chunks, 0, "chunks in the end");
     ensure_eq!(
         ended.console.matches("vm.max_map_count").count(),
         1,

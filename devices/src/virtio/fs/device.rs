@@ -290,12 +290,11 @@ pub fn open_directory(path: &Path) -> Result<File, FileSystemError> {
 /// one of the guest's users, and give it the set-group-id bit of a group that the user is not in (CVE-2022-0358). Root's
 /// may be any (`Group=` of systemd), where the guest's root has files of group 0.
 fn drop_groups() {
-    // By system call, because the C library's function changes all threads. It fails for want of privileges, and then
+    // By system call, because the C library's functions change all threads. They fail for want of privileges, and then
     // the server cannot act in the name of others either.
-    // SAFETY: with a count of 0 setgroups(2) reads no memory.
-    unsafe { libc::syscall(libc::SYS_setgroups, 0, std::ptr::null::<libc::gid_t>()) };
-    if rustix::process::geteuid().is_root() {
-        // SAFETY: setresgid(2) takes three numbers.
-        unsafe { libc::syscall(libc::SYS_setresgid, 0, 0, 0) };
+    // SAFETY: with a count of 0 setgroups(2) reads no memory, and setresgid(2) takes three numbers.
+    unsafe {
+        libc::syscall(libc::SYS_setgroups, 0, std::ptr::null::<libc::gid_t>());
+        libc::syscall(libc::SYS_setresgid, 0, 0, 0);
     }
 }

@@ -13,6 +13,7 @@ mod prefault;
 mod repair;
 mod scratch;
 mod size;
+mod spare;
 mod state;
 mod table;
 #[cfg(test)]
@@ -151,6 +152,7 @@ impl DaxWindow {
         if size == 0 || check_window_size(size).is_err() {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
         }
+        spare::keep();
         let scratch = Scratch::new(size)?;
         // One chunk more than is needed always holds an aligned start; the rest is given back.
         let reserved = (size + CHUNK_SIZE) as usize;

@@ -12,6 +12,7 @@ use rustix::fs::Mode;
 
 use super::files::{FileKey, PAGE, end_of, look};
 use super::mmap::{Backing, is_there, replace};
+use super::spare;
 use super::state::{Shared, State};
 use super::table::Mapped;
 use super::{CHUNK_SHIFT, CHUNK_SIZE};
@@ -241,6 +242,7 @@ impl Shared {
             full_at if self.counts.mapped_chunks() >= full_at - full_at / 4 => true,
             _ => {
                 self.full_at.store(0, Relaxed);
+                spare::take_again();
                 false
             }
         }
@@ -249,7 +251,9 @@ impl Shared {
     /// Notes that the host refuses a mapping for want of them, and says so once.
     pub(super) fn note_full(&self) {
         let mapped = self.counts.mapped_chunks();
-        self.full_at.store(mapped.max(1), Relaxed);
+        if self.full_at.swap(mapped.max(1), Relaxed) == 0 {
+            spare::give_up_some();
+        }
         self.lost.note_full(mapped);
     }
 }

@@ -12,6 +12,7 @@ use super::guard::Guard;
 use super::lost::LostFiles;
 use super::mmap::{Backing, give_back, replace};
 use super::scratch::{Piece, Scratch};
+use super::spare::with_spare;
 use super::table::{ChunkTable, Mapped};
 use super::watch::Watcher;
 use super::{CHUNK_SHIFT, CHUNK_SIZE, Chunks, KnownFile, Shown, WindowError};
@@ -354,7 +355,7 @@ impl Shared {
 
     fn punch_piece(&self, (at, offset, len): Piece, placement: i32) -> io::Result<()> {
         let backing = Backing::Hole { fd: self.scratch.fd(), offset: offset as i64, placement };
-        replace(self.address(at), len as usize, backing).map(drop)
+        with_spare(|| replace(self.address(at), len as usize, backing)).map(drop)
     }
 
     fn note_lost(&self, file: &MappedFile, pages: u64) {
