@@ -1,7 +1,7 @@
 //! The guest tests: stock kernels under `daxvm`, on a host with KVM.
 //!
 //! They run where `scripts/lab exec` runs programs: there the environment names scratch directories on the file systems
-//! to share from (LAB_EXT4, LAB_TMPFS, LAB_XFS). Elsewhere every test is skipped and says why. One boot serves many checks, one
+//! to share from (LAB_EXT4, LAB_TMPFS, LAB_XFS). Elsewhere every test is skipped and says why; a lab that lacks one has failed. One boot serves many checks, one
 //! after another; each check is a test of its own, called KERNEL/CPUS/FILE-SYSTEM/CHECK.
 
 #[path = "guest/attributes.rs"]
@@ -82,6 +82,7 @@ fn main() -> ExitCode {
     // Checks of one boot share a guest, and emulated processors are few.
     arguments.test_threads = Some(1);
     let places = Places::find();
+    let has_failed = places.is_err() && std::env::var_os("LAB_TMPFS").is_some();
     if let Err(why) = &places {
         eprintln!("\nSKIPPING EVERY GUEST TEST: {why}\n");
     }
@@ -93,7 +94,11 @@ fn main() -> ExitCode {
     {
         eprintln!("scratch files are left behind: {error}");
     }
-    conclusion.exit_code()
+    // In the lab there is no excuse.
+    match has_failed && !arguments.list {
+        true => ExitCode::FAILURE,
+        false => conclusion.exit_code(),
+    }
 }
 
 fn trials(places: &Result<Places, String>) -> Vec<Trial> {

@@ -54,7 +54,7 @@ fn step<T>(what: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
 }
 
 fn host() -> Result<bool> {
-    let scratch = std::env::var_os("LAB_EXT4").ok_or("LAB_EXT4 is not set: run scripts/demo")?;
+    let scratch = std::env::var_os("LAB_EXT4").ok_or("there is no scratch directory on ext4 (LAB_EXT4): run scripts/demo, which has one, where the CPU offers KVM as root")?;
     let dir = tempfile::Builder::new().prefix("demo-").tempdir_in(scratch)?;
     let (share, report) = (dir.path().join("source"), dir.path().join("report.json"));
     step("host:  copy the source tree, make a file of 64 MiB", || prepare(&share))?;
@@ -66,7 +66,7 @@ fn host() -> Result<bool> {
     // An emulated host takes its time to unpack a kernel.
     command.arg("--boot-timeout").arg("90s").arg("--report").arg(&report);
     command.arg("--").arg(std::env::current_exe()?).arg("guest");
-    println!("\n$ daxvm run --kernel target/kernels/6.12-cloud --cpus 2 \\");
+    println!("\n$ daxvm run --kernel target/kernels/6.12-cloud --cpus 2 --memory 512M --boot-timeout 90s \\");
     println!("      --share tag=source,path=source,window={WINDOW} -- demo guest\n");
     let start = Instant::now();
     let ended = command.status()?;

@@ -109,8 +109,9 @@ impl Places {
             .map_err(|error| format!("/dev/kvm: {error}; run this program with scripts/lab exec"))?;
         let make = |name: &'static str| {
             let variable = format!("LAB_{}", name.to_uppercase());
-            let dir = env::var_os(&variable)
-                .ok_or(format!("{variable} names no directory; run this program with scripts/lab exec"))?;
+            let dir = env::var_os(&variable).ok_or(format!(
+                "{variable} names no directory; run this program with scripts/lab exec, as root"
+            ))?;
             let dir = tempfile::Builder::new().prefix("guest-").tempdir_in(&dir);
             dir.map(|dir| (name, dir)).map_err(|error| format!("{variable}: {error}"))
         };

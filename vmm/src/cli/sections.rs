@@ -16,13 +16,19 @@ const RUN: &[Section] = &[
         title: "Exit status",
         entries: &[
             ("the command's", "The command ended by itself."),
-            ("128+n", "The command was ended by signal n; without a command, daxvm was."),
+            (
+                "128+n",
+                "The command was ended by signal n, or daxvm was; 130 also for Ctrl-A x during a command.",
+            ),
             ("126", "The command could not be executed."),
             ("127", "The command was not found."),
             ("124", "The time was over (--timeout)."),
-            ("125", "An error of daxvm, of its configuration, or of the guest before the command ran."),
-            ("0", "Without a command: the guest powered off."),
-            ("32", "Without a command: the guest asked for a reset."),
+            (
+                "125",
+                "An error of daxvm or of its configuration; or the guest did not come to the command, or powered off before it had ended.",
+            ),
+            ("0", "Without a command: the guest powered off, or Ctrl-A x."),
+            ("32", "The guest asked for a reset."),
             ("33", "The guest crashed: its CPU could not go on."),
             ("34", "The guest's kernel panicked."),
             (
