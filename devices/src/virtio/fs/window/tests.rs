@@ -199,6 +199,28 @@ fn a_gap_left_by_a_failed_map_is_closed() {
     assert_eq!(window.counters().mapped_chunks, 1);
 }
 
+/// A file that refuses in its own mmap operation, when the kernel has already removed what was there.
+#[test]
+fn a_mapping_that_fails_late_leaves_no_gap() {
+    let window = DaxWindow::new(SIZE).unwrap();
+    let file = file(2, 2);
+    for len in [CHUNK_SIZE, 8192] {
+        window.map(0, 0, 2 * CHUNK_SIZE, false, file.as_fd()).unwrap();
+        let sealed = rustix::fs::memfd_create(c"sealed", rustix::fs::MemfdFlags::ALLOW_SEALING).unwrap();
+        rustix::fs::ftruncate(&sealed, len).unwrap();
+        rustix::fs::fcntl_add_seals(&sealed, rustix::fs::SealFlags::FUTURE_WRITE).unwrap();
+        window.map(0, 0, CHUNK_SIZE, true, sealed.as_fd()).unwrap_err();
+        // A hole, or the file that was there.
+        for page in [0, 8192, CHUNK - 4096] {
+            let found = permissions(window.host_address().wrapping_add(page));
+            assert!(["rw-s", "r--s"].contains(&&*found), "{len} {page:#x}: {found}");
+        }
+        let is_hole = peek(&window, 0) == [0, 0];
+        assert_eq!(window.counters().mapped_chunks, if is_hole { 1 } else { 2 });
+        assert_eq!(peek(&window, CHUNK_SIZE), [2, 2]);
+    }
+}
+
 #[test]
 fn unmapped_chunks_read_zeros_and_others_stay() {
     let window = DaxWindow::new(SIZE).unwrap();
