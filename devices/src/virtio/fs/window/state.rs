@@ -188,37 +188,36 @@ impl Shared {
 
     /// Makes a hole of chunks; see [`super::DaxWindow::unmap`].
     pub(super) fn unmap(&self, chunks: Chunks) -> io::Result<()> {
-        let mut state = self.lock();
-        let mut result = Ok(());
-        for piece in self.scratch.pieces(chunks.start(), chunks.bytes()) {
-            let punched = self.punch_piece(piece, libc::MAP_FIXED);
-            if punched.is_ok() {
-                let (start, _, len) = piece;
-                state.forget_copies(start, len);
-                self.counts.gone(self.forget_chunks(&mut state, Chunks::of(start, len)));
-            }
-            result = result.and(punched);
-        }
+        let (gone, result) = self.empty(&mut self.lock(), chunks);
+        self.counts.gone(gone);
         result
     }
 
     /// Makes everything a hole; see [`super::DaxWindow::clear`].
     pub(super) fn clear(&self) -> io::Result<()> {
-        let all = self.all();
         let mut state = self.lock();
         let mut result = Ok(());
         if self.counts.mapped_chunks() > 0 {
-            for piece in self.scratch.pieces(all.start(), all.bytes()) {
-                let punched = self.punch_piece(piece, libc::MAP_FIXED);
-                if punched.is_ok() {
-                    let (start, _, len) = piece;
-                    state.forget_copies(start, len);
-                    self.counts.cleared(self.forget_chunks(&mut state, Chunks::of(start, len)));
-                }
-                result = result.and(punched);
-            }
+            let gone;
+            (gone, result) = self.empty(&mut state, self.all());
+            self.counts.cleared(gone);
         }
         result.and(self.scratch.clear())
+    }
+
+    /// Makes a hole of chunks, of as many as the host allows; returns how many of them were mapped.
+    fn empty(&self, state: &mut State, chunks: Chunks) -> (u64, io::Result<()>) {
+        let (mut gone, mut result) = (0, Ok(()));
+        for piece in self.scratch.pieces(chunks.start(), chunks.bytes()) {
+            let punched = self.punch_piece(piece, libc::MAP_FIXED);
+            if punched.is_ok() {
+                let (start, _, len) = piece;
+                state.forget_copies(start, len);
+                gone += self.forget_chunks(state, Chunks::of(start, len));
+            }
+            result = result.and(punched);
+        }
+        (gone, result)
     }
 
     fn forget_chunks(&self, state: &mut State, chunks: Chunks) -> u64 {
