@@ -6,7 +6,7 @@ use std::ptr;
 
 use fuse_backend_rs::abi::fuse_abi::{
     AccessIn, CopyFileRangeIn, FATTR_FH, FSYNC_FDATASYNC, FallocateIn, FlushIn, FsyncIn, GETATTR_FH,
-    GetattrIn, LseekIn, LseekOut, ReadIn, SetattrIn, WRITE_CACHE, WriteIn, WriteOut,
+    GetattrIn, LseekIn, LseekOut, ReadIn, SetattrIn, WRITE_CACHE, WRITE_KILL_PRIV, WriteIn, WriteOut,
 };
 use fuse_backend_rs::api::filesystem::{Context, SetattrValid, ZeroCopyReader};
 
@@ -71,7 +71,7 @@ impl Server {
         let (context, nodeid) = (self.context(request), request.header.nodeid);
         let data = &mut request.data();
         let written = if fuse_flags & WRITE_CACHE != 0 {
-            self.write_back(&context, nodeid, fh, data, size, offset)?;
+            self.write_back(&context, nodeid, fh, data, size, offset, fuse_flags)?;
             size as usize
         } else {
             let flags = self.host_flags(flags);
@@ -83,6 +83,7 @@ impl Server {
 
     /// Writes what a program has stored in a mapping of a file that is not DAX. It no longer waits, and the client looks at
     /// nothing but the error (`fuse_writepage_end` of fs/fuse/file.c), so all is written or there is one.
+    #[allow(clippy::too_many_arguments)]
     fn write_back(
         &self,
         context: &Context,
@@ -91,8 +92,12 @@ impl Server {
         data: &mut Payload<'_, '_>,
         size: u32,
         offset: u64,
+        fuse_flags: u32,
     ) -> io::Result<()> {
-        self.fs.getattr(context, node, Some(handle))?;
+        let (stat, _) = self.fs.getattr(context, node, Some(handle))?;
+        if fuse_flags & WRITE_KILL_PRIV != 0 {
+            self.kill_set_id(context, node, &stat)?;
+        }
         // The handle may append, in another queue's thread at this moment, and this must not.
         let mut own = self.open_node(context, node, true).ok();
         let mut done = 0;

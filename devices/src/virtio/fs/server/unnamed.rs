@@ -166,6 +166,7 @@ impl Files {
             return Err(error);
         }
         self.unnamed.write().unwrap_or_else(PoisonError::into_inner).insert(node, Arc::new(unnamed));
+        self.note_synchronous(Some(handle), ask.flags);
         let (attr_timeout, entry_timeout) = (self.timeout, self.timeout);
         let entry = Entry { inode: node, generation: 0, attr, attr_flags: 0, attr_timeout, entry_timeout };
         Ok((entry, handle))

@@ -234,11 +234,18 @@ fn what_is_written_back_is_written_whole_or_fails() {
     let mut guest = FakeGuest::on(share, |_| ());
     guest.init(PER_FILE).unwrap();
     let (entry, open) = guest.create(ROOT, "file", libc::O_RDWR | libc::O_APPEND).unwrap();
+    let path = guest.path("file");
     let mut write = |offset, fuse_flags, len: usize| {
         let ask = WriteIn { fh: open.fh, offset, size: len as u32, fuse_flags, ..Default::default() };
         guest.call(opcode::WRITE, entry.nodeid, &[ask.as_slice(), &vec![7; len]]).map(|reply| reply[0])
     };
+    let set_id = || std::fs::set_permissions(&path, PermissionsExt::from_mode(0o4755)).unwrap();
+    let mode = || path.metadata().unwrap().permissions().mode() & 0o7777;
+    set_id();
     assert_eq!(write(4096, WRITE_CACHE, 8), Ok(8));
+    assert_eq!(mode(), 0o4755, "stores are no writes, on no file system");
+    assert_eq!(write(4096, WRITE_CACHE | WRITE_KILL_PRIV, 8), Ok(8));
+    assert_eq!(mode(), 0o755);
     // A file of ext4 ends behind the first half of it; elsewhere it may be longer.
     let near = (u64::from(u32::MAX) << 12) - 8192;
     let written = write(near, WRITE_CACHE, 16384);
