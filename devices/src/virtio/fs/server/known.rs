@@ -37,12 +37,7 @@ impl Files {
         mode: u32,
         umask: u32,
     ) -> io::Result<Entry> {
-        self.budget.has_left(1)?;
-        let entry = {
-            let _user = Identity::checked(context)?;
-            self.named.mkdir(&ROOT, parent, name, mode, umask)?
-        };
-        self.give_out(context, entry)
+        self.make(context, || self.named.mkdir(&ROOT, parent, name, mode, umask))
     }
 
     pub(super) fn mknod(
@@ -54,12 +49,7 @@ impl Files {
         device: u32,
         umask: u32,
     ) -> io::Result<Entry> {
-        self.budget.has_left(1)?;
-        let entry = {
-            let _user = Identity::checked(context)?;
-            self.named.mknod(&ROOT, parent, name, mode, device, umask)?
-        };
-        self.give_out(context, entry)
+        self.make(context, || self.named.mknod(&ROOT, parent, name, mode, device, umask))
     }
 
     pub(super) fn symlink(
@@ -69,10 +59,15 @@ impl Files {
         parent: u64,
         name: &CStr,
     ) -> io::Result<Entry> {
+        self.make(context, || self.named.symlink(&ROOT, target, parent, name))
+    }
+
+    /// Has the library make something in the name of the user who asks.
+    fn make(&self, context: &Context, make: impl FnOnce() -> io::Result<Entry>) -> io::Result<Entry> {
         self.budget.has_left(1)?;
         let entry = {
             let _user = Identity::checked(context)?;
-            self.named.symlink(&ROOT, target, parent, name)?
+            make()?
         };
         self.give_out(context, entry)
     }
@@ -81,22 +76,22 @@ impl Files {
         self.give_out(context, self.named.link(context, node, parent, name)?)
     }
 
-    /// Returns the handle, too.
+    /// Returns the handle, too, and whether the file is new.
     pub(super) fn create(
         &self,
         context: &Context,
         parent: u64,
         name: &CStr,
         ask: CreateIn,
-    ) -> io::Result<(Entry, Option<u64>)> {
+    ) -> io::Result<(Entry, Option<u64>, bool)> {
         for _ in 0..ATTEMPTS {
             match self.create_new(context, parent, name, ask) {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists && !is_exclusive(&ask) => {}
-                made => return made,
+                made => return made.map(|(entry, handle)| (entry, handle, true)),
             }
             match self.create_over(context, parent, name, ask) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                opened => return opened,
+                opened => return opened.map(|(entry, handle)| (entry, handle, false)),
             }
         }
         Err(errno(libc::EAGAIN))

@@ -45,21 +45,10 @@ impl Server {
         ask.flags = self.host_flags(flags) | flags & (libc::O_TRUNC | libc::O_EXCL) as u32;
         let (context, parent) = (self.context(request), request.header.nodeid);
         let inherits = self.passes_hint_on(&context, parent);
-        let exclusive = CreateIn { flags: ask.flags | libc::O_EXCL as u32, ..ask };
-        // Only a new file inherits, so it must be known whether it is one.
-        let created = match inherits.then(|| self.fs.create(&context, parent, name, exclusive)) {
-            Some(Ok(created)) => {
-                self.inherit(&context, created.0.inode);
-                Ok(created)
-            }
-            Some(Err(error))
-                if error.raw_os_error() != Some(libc::EEXIST) || ask.flags == exclusive.flags =>
-            {
-                Err(error)
-            }
-            _ => self.fs.create(&context, parent, name, ask),
-        };
-        let (entry, handle) = created?;
+        let (entry, handle, is_new) = self.fs.create(&context, parent, name, ask)?;
+        if inherits && is_new {
+            self.inherit(&context, entry.inode);
+        }
         let opening = self.admit_created(&context, &entry);
         self.tell_size(&entry.attr);
         let entry = self.dax.entry_out(entry, opening.dax);
