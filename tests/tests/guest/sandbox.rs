@@ -63,7 +63,10 @@ fn everything(kernel: &Kernel) -> Outcome {
         touch -d '2001-02-03 04:05:06' linked; truncate -s 5M large; dd if=/dev/zero of=large bs=64k count=40 conv=notrunc \
         2>/dev/null; cp large copy; rm large; sync; echo secret >locked; chmod 0 locked; chown 9:9 locked; cat locked; \
         ls -la >/dev/null; find . >/dev/null; df . >/dev/null; su_other() { chroot --userspec=11:12 / \"$@\"; }; \
-        mkdir -m 777 open; su_other sh -c 'echo mine >/mnt/open/mine' || echo no chroot";
+        mkdir -m 777 open; mkdir -m 2775 club; chgrp 13 club; chmod g+s club; \
+        member() { chroot --userspec=11:12 --groups=13 / perl -e \"$1\"; }; \
+        member 'use Fcntl; umask 0; sysopen F, q(/mnt/club/ours), O_CREAT|O_WRONLY, 02775 or exit 1'; \
+        su_other sh -c 'echo mine >/mnt/open/mine' || echo no chroot";
     let ended = in_share(kernel, directory.path(), script).run()?;
     ensure_end(&ended, 0, "exited")?;
     ensure_eq!(ended.stderr, "", "standard error");
@@ -78,6 +81,8 @@ fn everything(kernel: &Kernel) -> Outcome {
     if !ended.stdout.ends_with(b"no chroot\n") {
         let mine = path("open/mine").metadata()?;
         ensure_eq!((mine.uid(), mine.gid()), (11, 12), "who made the file");
+        let ours = path("club/ours").metadata()?;
+        ensure_eq!((ours.uid(), ours.gid(), ours.mode() & 0o7777), (11, 13, 0o2775), "what a member made");
     }
     ensure_eq!(layers(&ended.report), expected(&[]), "the layers: {}", ended.report.all["sandbox"]);
     Ok(())

@@ -123,6 +123,9 @@ pub(super) const FOPEN_CACHE_DIR: u32 = 1 << 3;
 /// `fuse_open_out.open_flags`: no FLUSH is needed when a descriptor of the file is closed.
 pub(super) const FOPEN_NOFLUSH: u32 = 1 << 5;
 
+/// `fuse_ext_header.type`: the user's supplementary groups (`enum fuse_ext_type`).
+pub(super) const EXT_GROUPS: u32 = 32;
+
 /// Flags of INIT; from bit 32 on they travel in `flags2`.
 pub(super) mod init {
     pub(crate) const ASYNC_READ: u64 = 1 << 0;
@@ -139,5 +142,6 @@ pub(super) mod init {
     pub(crate) const HANDLE_KILLPRIV_V2: u64 = 1 << 28;
     pub(crate) const INIT_EXT: u64 = 1 << 30;
     pub(crate) const HAS_INODE_DAX: u64 = 1 << 33;
+    pub(crate) const CREATE_SUPP_GROUP: u64 = 1 << 34;
     pub(crate) const DIRECT_IO_ALLOW_MMAP: u64 = 1 << 36;
 }

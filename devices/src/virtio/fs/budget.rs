@@ -164,6 +164,11 @@ impl Budget {
         Ok(())
     }
 
+    /// Whether the guest knows a node.
+    pub(super) fn knows(&self, node: u64) -> bool {
+        self.shard(node).contains_key(&node)
+    }
+
     /// Counts that a node was forgotten `count` times, before the library does so: then no other request can bring it
     /// about that the library knows what is not counted here.
     pub(super) fn forget(&self, node: u64, count: u64) {

@@ -4,6 +4,9 @@
 //! for each state: the host's, and the same with [`DAX_BIT`]. The flag that goes with an id never changes, the guest can
 //! know a file by both ids at once (by two names, say), and a file changes its state by being given out under its other
 //! id. Nothing counts incarnations, and nothing can wrap around.
+//!
+//! A file is counted as known by the share's budget first, when it is given out as when it is forgotten. Whoever comes here
+//! afterwards asks whether it still is, so that nothing stays here that nobody knows, in whatever order queues come.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -100,10 +103,20 @@ impl Inodes {
 
     /// Counts that a file is given out that was not known, in the state that was decided, or that another request has
     /// decided meanwhile. Returns the state, and whether it is the one that was passed.
-    pub(super) fn insert(&self, host: u64, decided: Decided) -> (bool, bool) {
+    ///
+    /// `is_known` says whether the budget knows it; if not, it is forgotten already.
+    pub(super) fn insert(
+        &self,
+        host: u64,
+        decided: Decided,
+        is_known: impl FnOnce() -> bool,
+    ) -> (bool, bool) {
         let Decided { dax, prefault, hint } = decided;
         let prefault = prefault.unwrap_or_default();
         let mut shard = self.shard(host);
+        if !is_known() {
+            return (dax, false);
+        }
         let (inode, is_new) = match shard.entry(host) {
             Entry::Occupied(known) => (known.into_mut(), false),
             Entry::Vacant(free) => (free.insert(Inode { dax, hint, prefault, ..Inode::default() }), true),
@@ -112,14 +125,14 @@ impl Inodes {
         (inode.dax, is_new)
     }
 
-    /// Counts that the guest has forgotten a file `count` times in one state.
-    pub(super) fn forget(&self, host: u64, dax: bool, count: u64) {
+    /// Counts that the guest has forgotten a file `count` times in one state; all of it, unless `is_known` by the budget.
+    pub(super) fn forget(&self, host: u64, dax: bool, count: u64, is_known: impl FnOnce() -> bool) {
         let mut shard = self.shard(host);
         let Entry::Occupied(mut entry) = shard.entry(host) else { return };
         let inode = entry.get_mut();
         let lookups = &mut inode.lookups[usize::from(dax)];
         *lookups = lookups.saturating_sub(count);
-        if inode.lookups == [0; 2] {
+        if inode.lookups == [0; 2] || !is_known() {
             self.promised.fetch_sub(inode.promised, Relaxed);
             entry.remove();
         }
@@ -214,6 +227,10 @@ mod tests {
         Decided { dax, prefault: Some(Prefault::Never), hint: None }
     }
 
+    fn known() -> bool {
+        true
+    }
+
     #[test]
     fn a_node_id_says_whether_it_is_dax() {
         for dax in [false, true] {
@@ -226,28 +243,42 @@ mod tests {
     fn the_first_decision_holds_until_all_is_forgotten() {
         let inodes = Inodes::default();
         assert_eq!(inodes.give_out(NODE), None);
-        assert_eq!(inodes.insert(NODE, decided(true)), (true, true));
-        assert_eq!(inodes.insert(NODE, decided(false)), (true, false));
+        assert_eq!(inodes.insert(NODE, decided(true), known), (true, true));
+        assert_eq!(inodes.insert(NODE, decided(false), known), (true, false));
         assert_eq!(inodes.give_out(NODE), Some(true));
-        inodes.forget(NODE, true, 2);
-        inodes.forget(NODE, false, 100);
+        inodes.forget(NODE, true, 2, known);
+        inodes.forget(NODE, false, 100, known);
         assert_eq!((inodes.give_out(NODE), inodes.granted(NODE)), (Some(true), Some(Prefault::Never)));
-        inodes.forget(NODE, true, u64::MAX);
+        inodes.forget(NODE, true, u64::MAX, known);
         assert_eq!((inodes.give_out(NODE), inodes.granted(NODE)), (None, None));
-        inodes.forget(NODE, true, 1);
+        inodes.forget(NODE, true, 1, known);
+    }
+
+    #[test]
+    fn nothing_stays_of_what_another_queue_has_forgotten() {
+        let forgotten = || false;
+        let inodes = Inodes::default();
+        // FORGET comes before the file is put down here, then between two of three requests that give it out.
+        assert_eq!(inodes.insert(NODE, decided(true), forgotten), (true, false));
+        assert_eq!(inodes.give_out(NODE), None);
+        inodes.insert(NODE, decided(true), known);
+        inodes.give_out(NODE);
+        inodes.open(NODE, true, 1);
+        inodes.forget(NODE, true, 1, forgotten);
+        assert_eq!((inodes.give_out(NODE), inodes.promised()), (None, 0));
     }
 
     #[test]
     fn an_open_file_does_not_change() {
         let inodes = Inodes::default();
-        inodes.insert(NODE, decided(false));
+        inodes.insert(NODE, decided(false), known);
         inodes.open(NODE, false, 0);
         assert_eq!(inodes.decide(NODE, decided(true)), (false, false));
         inodes.close(NODE, false);
         assert_eq!(inodes.decide(NODE, decided(true)), (true, true));
         // What it is given out as now keeps it known when what it was is forgotten.
         assert_eq!(inodes.give_out(NODE), Some(true));
-        inodes.forget(NODE, false, 1);
+        inodes.forget(NODE, false, 1, known);
         assert_eq!(inodes.give_out(NODE), Some(true));
     }
 
@@ -255,7 +286,7 @@ mod tests {
     fn promises_are_those_of_files_open_as_dax() {
         let inodes = Inodes::default();
         for node in 0..4 {
-            inodes.insert(node, decided(node != 0));
+            inodes.insert(node, decided(node != 0), known);
             inodes.open(node, node != 0, node * CHUNK_SIZE + 1);
         }
         inodes.open(2, true, 100 * CHUNK_SIZE);
@@ -266,7 +297,7 @@ mod tests {
         inodes.close(2, true);
         inodes.close(0, false);
         assert_eq!(inodes.promised(), 2 + 4);
-        inodes.forget(1, true, 1);
+        inodes.forget(1, true, 1, known);
         inodes.close(1, true);
         assert_eq!(inodes.promised(), 4);
         inodes.clear();
@@ -276,7 +307,7 @@ mod tests {
     #[test]
     fn pages_from_before_the_file_was_dax_are_not_trusted() {
         let inodes = Inodes::default();
-        inodes.insert(NODE, decided(false));
+        inodes.insert(NODE, decided(false), known);
         assert!(inodes.open(NODE, false, 0));
         inodes.close(NODE, false);
         inodes.decide(NODE, decided(true));

@@ -119,7 +119,8 @@ impl<'m> Buffers<'m> {
         parts.collect()
     }
 
-    fn use_up(&mut self, bytes: usize) {
+    /// Goes on after so many bytes, which there are.
+    pub(super) fn use_up(&mut self, bytes: usize) {
         self.left -= bytes;
         self.skip(bytes);
     }

@@ -58,7 +58,10 @@ impl Server {
             return dax;
         }
         let decided = self.decide(context, entry.inode, &entry.attr, None, None);
-        let (dax, is_new) = self.dax.inodes.insert(entry.inode, decided);
+        let (dax, is_new) = self.dax.inodes.insert(entry.inode, decided, || {
+            // The client may have forgotten it again by another queue.
+            self.fs.budget.knows(entry.inode)
+        });
         if is_new {
             self.counts.decided(dax);
         }

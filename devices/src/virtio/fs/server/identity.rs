@@ -1,23 +1,35 @@
 //! The identity that a thread has on the host while it makes a file in the name of one of the guest's users.
 //!
 //! The guest's kernel checks permissions itself (`default_permissions` of fs/fuse/dir.c) before it asks, by what it knows of the
-//! user: groups, capabilities, user namespaces. None of that comes with a request, which names one user and one group. So what
-//! is made is made with that user and group, that it may be made is taken as settled, and a right that the host would give
-//! beyond that (to keep set-id bits) is not there.
+//! user: groups, capabilities, user namespaces. Of that there comes with a request one user, one group, and the directory's
+//! group if the user is a member. So what is made is made with these, that it may be made is taken as settled, and a right
+//! that the host would give beyond that (to keep set-id bits) is not there.
 
 use std::io;
 
 use fuse_backend_rs::api::filesystem::Context;
 use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
 
+/// The number that no user and no group has; for the host's kernel it means "as it is".
+pub(super) const NOBODY: u32 = u32::MAX;
+
+/// A user of the guest who makes a file.
+pub(super) struct Maker {
+    pub(super) context: Context,
+    /// A supplementary group, which decides whether a file in a set-group-id directory may be set-group-id itself.
+    pub(super) group: Option<u32>,
+}
+
 /// What stands for the guest's own check.
 const CHECKED: CapabilitySet = CapabilitySet::DAC_OVERRIDE.union(CapabilitySet::DAC_READ_SEARCH);
 
 /// The thread acts as one of the guest's users until this goes.
 #[must_use]
+#[derive(Default)]
 pub(super) struct Identity {
     uid: u32,
     gid: u32,
+    in_group: bool,
 }
 
 impl Identity {
@@ -26,30 +38,41 @@ impl Identity {
     /// # Errors
     /// What setresgid(2) and setresuid(2) say.
     pub(super) fn of(context: &Context) -> io::Result<Identity> {
-        let mut identity = Identity { uid: 0, gid: 0 };
-        // By system call: the C library's functions change all threads. The group first, while it can be changed.
-        if context.gid != 0 {
-            set(libc::SYS_setresgid, context.gid)?;
-            identity.gid = context.gid;
-        }
-        if context.uid != 0 {
-            set(libc::SYS_setresuid, context.uid)?;
-            identity.uid = context.uid;
-        }
+        let mut identity = Identity::default();
+        identity.take_on(context)?;
         Ok(identity)
     }
 
     /// Of the user who asks, where the guest's kernel has seen to it that the user may do what is asked.
     ///
     /// # Errors
-    /// Those of [`of`](Self::of), and of capset(2).
-    pub(super) fn checked(context: &Context) -> io::Result<Identity> {
-        let identity = Identity::of(context)?;
+    /// Those of [`of`](Self::of), of setgroups(2) and capset(2).
+    pub(super) fn checked(maker: &Maker) -> io::Result<Identity> {
+        let mut identity = Identity::default();
+        if maker.group.is_some() {
+            set_groups(maker.group.as_slice())?;
+            identity.in_group = true;
+        }
+        identity.take_on(&maker.context)?;
         if identity.uid != 0 {
             let now = capabilities(None)?;
             set_capabilities(None, CapabilitySets { effective: now.permitted & CHECKED, ..now })?;
         }
         Ok(identity)
+    }
+
+    /// What is set goes again, even if not all can be.
+    fn take_on(&mut self, context: &Context) -> io::Result<()> {
+        // By system call: the C library's functions change all threads. The groups first, while they can be changed.
+        if context.gid != 0 {
+            set(libc::SYS_setresgid, context.gid)?;
+            self.gid = context.gid;
+        }
+        if context.uid != 0 {
+            set(libc::SYS_setresuid, context.uid)?;
+            self.uid = context.uid;
+        }
+        Ok(())
     }
 }
 
@@ -64,6 +87,9 @@ impl Drop for Identity {
         if self.gid != 0 {
             set(libc::SYS_setresgid, 0).expect("a thread that is root can act in root's group");
         }
+        if self.in_group {
+            set_groups(&[]).expect("a thread that is root can leave a group");
+        }
     }
 }
 
@@ -71,6 +97,15 @@ impl Drop for Identity {
 fn set(call: libc::c_long, id: u32) -> io::Result<()> {
     // SAFETY: the call takes three numbers, of which -1 leaves the real and the saved id, and touches no memory.
     match unsafe { libc::syscall(call, -1, id, -1) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Sets the supplementary groups.
+fn set_groups(groups: &[u32]) -> io::Result<()> {
+    // SAFETY: the call reads as many groups as it is told, which live through it.
+    match unsafe { libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr()) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }

@@ -31,6 +31,7 @@ const WANTED: u64 = init::ASYNC_READ
     | init::MAX_PAGES
     | init::CACHE_SYMLINKS
     | init::HANDLE_KILLPRIV_V2
+    | init::CREATE_SUPP_GROUP
     | init::INIT_EXT;
 
 impl Server {

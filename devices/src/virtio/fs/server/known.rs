@@ -6,7 +6,7 @@ use std::io;
 use fuse_backend_rs::abi::fuse_abi::CreateIn;
 use fuse_backend_rs::api::filesystem::{Context, Entry, FileSystem};
 
-use super::identity::Identity;
+use super::identity::{Identity, Maker};
 use super::message::errno;
 use super::unnamed::Files;
 
@@ -31,45 +31,45 @@ impl Files {
 
     pub(super) fn mkdir(
         &self,
-        context: &Context,
+        maker: &Maker,
         parent: u64,
         name: &CStr,
         mode: u32,
         umask: u32,
     ) -> io::Result<Entry> {
-        self.make(context, || self.named.mkdir(&ROOT, parent, name, mode, umask))
+        self.make(maker, || self.named.mkdir(&ROOT, parent, name, mode, umask))
     }
 
     pub(super) fn mknod(
         &self,
-        context: &Context,
+        maker: &Maker,
         parent: u64,
         name: &CStr,
         mode: u32,
         device: u32,
         umask: u32,
     ) -> io::Result<Entry> {
-        self.make(context, || self.named.mknod(&ROOT, parent, name, mode, device, umask))
+        self.make(maker, || self.named.mknod(&ROOT, parent, name, mode, device, umask))
     }
 
     pub(super) fn symlink(
         &self,
-        context: &Context,
+        maker: &Maker,
         target: &CStr,
         parent: u64,
         name: &CStr,
     ) -> io::Result<Entry> {
-        self.make(context, || self.named.symlink(&ROOT, target, parent, name))
+        self.make(maker, || self.named.symlink(&ROOT, target, parent, name))
     }
 
     /// Has the library make something in the name of the user who asks.
-    fn make(&self, context: &Context, make: impl FnOnce() -> io::Result<Entry>) -> io::Result<Entry> {
+    fn make(&self, maker: &Maker, make: impl FnOnce() -> io::Result<Entry>) -> io::Result<Entry> {
         self.budget.has_left(1)?;
         let entry = {
-            let _user = Identity::checked(context)?;
+            let _user = Identity::checked(maker)?;
             make()?
         };
-        self.give_out(context, entry)
+        self.give_out(&maker.context, entry)
     }
 
     pub(super) fn link(&self, context: &Context, node: u64, parent: u64, name: &CStr) -> io::Result<Entry> {
@@ -79,17 +79,17 @@ impl Files {
     /// Returns the handle, too, and whether the file is new.
     pub(super) fn create(
         &self,
-        context: &Context,
+        maker: &Maker,
         parent: u64,
         name: &CStr,
         ask: CreateIn,
     ) -> io::Result<(Entry, Option<u64>, bool)> {
         for _ in 0..ATTEMPTS {
-            match self.create_new(context, parent, name, ask) {
+            match self.create_new(maker, parent, name, ask) {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists && !is_exclusive(&ask) => {}
                 made => return made.map(|(entry, handle)| (entry, handle, true)),
             }
-            match self.create_over(context, parent, name, ask) {
+            match self.create_over(&maker.context, parent, name, ask) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 opened => return opened.map(|(entry, handle)| (entry, handle, false)),
             }
@@ -100,16 +100,17 @@ impl Files {
     /// Makes a file that is not there.
     fn create_new(
         &self,
-        context: &Context,
+        maker: &Maker,
         parent: u64,
         name: &CStr,
         ask: CreateIn,
     ) -> io::Result<(Entry, Option<u64>)> {
+        let context = &maker.context;
         self.budget.has_left(2)?;
         // Of a file that is there, and cannot be opened, the library would keep a descriptor of which nobody knows.
         let exclusive = CreateIn { flags: ask.flags | libc::O_EXCL as u32, ..ask };
         let (entry, handle, ..) = {
-            let _user = Identity::checked(context)?;
+            let _user = Identity::checked(maker)?;
             self.named.create(&ROOT, parent, name, exclusive)?
         };
         let node = entry.inode;

@@ -11,6 +11,8 @@ use fuse_backend_rs::file_traits::FileReadWriteVolatile;
 use vm_memory::ByteValued;
 
 use super::buffers::Buffers;
+use super::identity::NOBODY;
+use crate::virtio::fs::abi::EXT_GROUPS;
 use crate::virtio::fs::inodes::host_node;
 
 /// The longest name of a file, in bytes (NAME_MAX).
@@ -33,6 +35,8 @@ pub(super) struct Request<'m> {
     body: Buffers<'m>,
     /// Bytes of the body that are not yet read.
     left: usize,
+    /// Bytes of the extensions that follow the body and are not yet read.
+    extensions: usize,
 }
 
 impl<'m> Request<'m> {
@@ -40,10 +44,12 @@ impl<'m> Request<'m> {
     pub(super) fn parse(mut body: Buffers<'m>) -> Option<Request<'m>> {
         let mut header = InHeader::default();
         body.read_exact(header.as_mut_slice()).ok()?;
-        let left = (header.len as usize).saturating_sub(size_of::<InHeader>());
+        // `total_extlen`, in units of 8 bytes; the library's header is of an older protocol.
+        let extensions = usize::from(header.padding as u16) * 8;
+        let left = (header.len as usize).saturating_sub(size_of::<InHeader>() + extensions);
         let dax;
         (header.nodeid, dax) = host_node(header.nodeid);
-        Some(Request { header, dax, body, left })
+        Some(Request { header, dax, body, left, extensions })
     }
 
     /// Checks that the request is as long as it says.
@@ -51,8 +57,9 @@ impl<'m> Request<'m> {
     /// # Errors
     /// EINVAL if not.
     pub(super) fn check_length(&self) -> io::Result<()> {
-        let long_enough = self.header.len as usize >= size_of::<InHeader>();
-        if long_enough && self.left <= self.body.left() { Ok(()) } else { Err(errno(libc::EINVAL)) }
+        let long_enough = self.header.len as usize >= size_of::<InHeader>() + self.extensions;
+        let all_there = self.left + self.extensions <= self.body.left();
+        if long_enough && all_there { Ok(()) } else { Err(errno(libc::EINVAL)) }
     }
 
     /// Bytes of the body that are not yet read.
@@ -82,12 +89,42 @@ impl<'m> Request<'m> {
         Ok(buffer)
     }
 
+    /// Leaves the rest out.
+    pub(super) fn skip_rest(&mut self) {
+        self.body.use_up(std::mem::take(&mut self.left));
+    }
+
     /// Reads the rest as the name of a directory's entry.
     ///
     /// # Errors
     /// As [`check_name`] says; ENAMETOOLONG and EINVAL also if it is no string.
     pub(super) fn name<'b>(&mut self, buffer: &'b mut NameBuffer) -> io::Result<&'b CStr> {
         check_name(string(self.rest(buffer, libc::ENAMETOOLONG)?)?)
+    }
+
+    /// Reads the extensions for a supplementary group of the user: the parent directory's, if the user is a member
+    /// (fs/fuse/dir.c, get_create_supp_group). The body must have been read.
+    ///
+    /// # Errors
+    /// EINVAL if they are not what they say, or there are more groups than one.
+    pub(super) fn supplementary_group(&mut self) -> io::Result<Option<u32>> {
+        const HEADER: usize = 2 * size_of::<u32>();
+        self.left += std::mem::take(&mut self.extensions);
+        let mut group = None;
+        while self.left > 0 {
+            let [size, kind] = self.arg::<[u32; 2]>()?;
+            let body = (size as usize).checked_sub(HEADER).filter(|body| body % 8 == 0 && *body <= self.left);
+            let body = body.ok_or_else(|| errno(libc::EINVAL))?;
+            match kind {
+                EXT_GROUPS if body == 8 && group.is_none() => {
+                    let [count, first] = self.arg::<[u32; 2]>()?;
+                    let is_one = count == 1 && first != NOBODY;
+                    group = Some(is_one.then_some(first).ok_or_else(|| errno(libc::EINVAL))?);
+                }
+                _ => return Err(errno(libc::EINVAL)),
+            }
+        }
+        Ok(group)
     }
 
     /// The payload of a write.

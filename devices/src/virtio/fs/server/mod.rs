@@ -37,6 +37,7 @@ use vm_memory::GuestMemoryMmap;
 
 use self::buffers::Buffers;
 use self::directories::Directories;
+use self::identity::{Maker, NOBODY};
 use self::message::{Reply, Request, errno};
 use self::pseudo::PseudoFileSystems;
 use self::unnamed::Files;
@@ -272,6 +273,15 @@ impl Server {
         }
         context
     }
+
+    /// Who makes a file, by a request whose body has been read.
+    ///
+    /// # Errors
+    /// As [`Request::supplementary_group`] says.
+    fn maker(&self, request: &mut Request<'_>) -> io::Result<Maker> {
+        let group = request.supplementary_group()?.filter(|_| self.is_privileged());
+        Ok(Maker { context: self.context(request), group })
+    }
 }
 
 /// Does something, which is told when it begins, and counts how long that took.
@@ -305,9 +315,6 @@ fn always_changes(code: u32) -> bool {
             | opcode::TMPFILE
     )
 }
-
-/// The number that no user and no group has; for the host's kernel it means "as it is".
-const NOBODY: u32 = u32::MAX;
 
 /// Operations that make something which belongs to who asks.
 fn creates(code: u32) -> bool {

@@ -45,10 +45,10 @@ impl Server {
     }
 
     fn forget_one(&self, context: &Context, node: u64, dax: bool, nlookup: u64) {
-        if self.dax.client() == ClientDax::PerFile {
-            self.dax.inodes.forget(node, dax, nlookup);
-        }
         self.fs.forget(context, node, nlookup);
+        if self.dax.client() == ClientDax::PerFile {
+            self.dax.inodes.forget(node, dax, nlookup, || self.fs.budget.knows(node));
+        }
     }
 
     pub(super) fn readlink(&self, request: &mut Request<'_>, reply: &mut Reply<'_>) -> io::Result<u32> {
@@ -60,35 +60,37 @@ impl Server {
         let mut buffer = [0; NAME_MAX + 1 + libc::PATH_MAX as usize];
         let (name, target) = two_strings(request.rest(&mut buffer, libc::ENAMETOOLONG)?)?;
         let name = check_name(name)?;
-        let context = self.context(request);
-        let entry = self.fs.symlink(&context, target, request.header.nodeid, name)?;
-        reply.object(&self.entry_out(&context, entry))
+        let maker = self.maker(request)?;
+        let entry = self.fs.symlink(&maker, target, request.header.nodeid, name)?;
+        reply.object(&self.entry_out(&maker.context, entry))
     }
 
     pub(super) fn mknod(&self, request: &mut Request<'_>, reply: &mut Reply<'_>) -> io::Result<u32> {
         let MknodIn { mode, rdev, umask, .. } = request.arg()?;
         let mut name = NO_NAME;
         let name = request.name(&mut name)?;
-        let (context, parent) = (self.context(request), request.header.nodeid);
-        let inherits = self.passes_hint_on(&context, parent);
-        let entry = self.fs.mknod(&context, parent, name, mode, rdev, umask & 0o777)?;
+        let (maker, parent) = (self.maker(request)?, request.header.nodeid);
+        let context = &maker.context;
+        let inherits = self.passes_hint_on(context, parent);
+        let entry = self.fs.mknod(&maker, parent, name, mode, rdev, umask & 0o777)?;
         if inherits && mode & libc::S_IFMT == libc::S_IFREG {
-            self.inherit(&context, entry.inode);
+            self.inherit(context, entry.inode);
         }
-        reply.object(&self.entry_out(&context, entry))
+        reply.object(&self.entry_out(context, entry))
     }
 
     pub(super) fn mkdir(&self, request: &mut Request<'_>, reply: &mut Reply<'_>) -> io::Result<u32> {
         let MkdirIn { mode, umask } = request.arg()?;
         let mut name = NO_NAME;
         let name = request.name(&mut name)?;
-        let (context, parent) = (self.context(request), request.header.nodeid);
-        let inherits = self.passes_hint_on(&context, parent);
-        let entry = self.fs.mkdir(&context, parent, name, mode, umask & 0o777)?;
+        let (maker, parent) = (self.maker(request)?, request.header.nodeid);
+        let context = &maker.context;
+        let inherits = self.passes_hint_on(context, parent);
+        let entry = self.fs.mkdir(&maker, parent, name, mode, umask & 0o777)?;
         if inherits {
-            self.inherit(&context, entry.inode);
+            self.inherit(context, entry.inode);
         }
-        reply.object(&self.entry_out(&context, entry))
+        reply.object(&self.entry_out(context, entry))
     }
 
     pub(super) fn unlink(&self, request: &mut Request<'_>, reply: &mut Reply<'_>) -> io::Result<u32> {

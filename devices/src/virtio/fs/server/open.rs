@@ -43,13 +43,14 @@ impl Server {
         let flags = ask.flags;
         // The library passes them to openat(2), where O_PATH, for one, would follow a symbolic link out of the share.
         ask.flags = self.host_flags(flags) | flags & (libc::O_TRUNC | libc::O_EXCL) as u32;
-        let (context, parent) = (self.context(request), request.header.nodeid);
-        let inherits = self.passes_hint_on(&context, parent);
-        let (entry, handle, is_new) = self.fs.create(&context, parent, name, ask)?;
+        let (maker, parent) = (self.maker(request)?, request.header.nodeid);
+        let context = &maker.context;
+        let inherits = self.passes_hint_on(context, parent);
+        let (entry, handle, is_new) = self.fs.create(&maker, parent, name, ask)?;
         if inherits && is_new {
-            self.inherit(&context, entry.inode);
+            self.inherit(context, entry.inode);
         }
-        let opening = self.admit_created(&context, &entry);
+        let opening = self.admit_created(context, &entry);
         self.tell_size(&entry.attr);
         let entry = self.dax.entry_out(entry, opening.dax);
         reply.send(&[entry.as_slice(), self.open_out(handle, flags, opening).as_slice()])
@@ -58,18 +59,20 @@ impl Server {
     /// Creates a file without a name. The name that the request has all the same means nothing.
     pub(super) fn tmpfile(&self, request: &mut Request<'_>, reply: &mut Reply<'_>) -> io::Result<u32> {
         let mut ask: CreateIn = request.arg()?;
+        request.skip_rest();
         self.check_open(ask.flags)?;
         let flags = ask.flags;
         ask.flags = self.host_flags(flags) | flags & libc::O_EXCL as u32;
-        let (context, parent) = (self.context(request), request.header.nodeid);
-        let directory = self.open_node(&context, parent, false)?;
-        let inherits = self.passes_hint_on(&context, parent);
-        let owner = self.is_privileged().then_some((context.uid, context.gid));
+        let (maker, parent) = (self.maker(request)?, request.header.nodeid);
+        let context = &maker.context;
+        let directory = self.open_node(context, parent, false)?;
+        let inherits = self.passes_hint_on(context, parent);
+        let owner = self.is_privileged().then_some(&maker);
         let (entry, handle) = self.fs.tmpfile(&directory, owner, &ask)?;
         if inherits {
-            self.inherit(&context, entry.inode);
+            self.inherit(context, entry.inode);
         }
-        let opening = self.admit_created(&context, &entry);
+        let opening = self.admit_created(context, &entry);
         let entry = self.dax.entry_out(entry, opening.dax);
         reply.send(&[entry.as_slice(), self.open_out(Some(handle), flags, opening).as_slice()])
     }

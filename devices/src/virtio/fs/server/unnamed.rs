@@ -28,6 +28,7 @@ use fuse_backend_rs::passthrough::PassthroughFs;
 use fuse_backend_rs::transport::FsCacheReqHandler;
 use rustix::fs::{AtFlags, CWD, FallocateFlags, Gid, Mode, OFlags, Timespec, Timestamps, Uid, XattrFlags};
 
+use super::identity::Maker;
 use super::message::errno;
 use super::pseudo::PseudoFileSystems;
 use crate::virtio::fs::budget::Budget;
@@ -134,14 +135,14 @@ impl Files {
     pub(super) fn tmpfile(
         &self,
         directory: &File,
-        owner: Option<(u32, u32)>,
+        owner: Option<&Maker>,
         ask: &CreateIn,
     ) -> io::Result<(Entry, u64)> {
         self.budget.has_left(2)?;
         let flags = OFlags::from_bits_retain(ask.flags) | OFlags::TMPFILE | OFlags::CLOEXEC;
         let mode = Mode::from_raw_mode(ask.mode & 0o7777 & !ask.umask);
         let file = File::from(rustix::fs::openat(directory, c".", flags, mode)?);
-        if let Some((uid, gid)) = owner {
+        if let Some(&Maker { context: Context { uid, gid, .. }, group: membership }) = owner {
             // In a set-group-id directory the host has given it the directory's group.
             let directory = stat(directory)?;
             let keeps_group = directory.st_mode & libc::S_ISGID != 0;
@@ -150,7 +151,8 @@ impl Files {
             if ask.mode & (libc::S_ISUID | libc::S_ISGID) != 0 {
                 // A program that runs as a group is for its members to make (CVE-2022-0358); so says the host's
                 // kernel when it creates a file in a user's name.
-                let is_stranger = uid != 0 && keeps_group && gid != directory.st_gid;
+                let is_member = gid == directory.st_gid || membership == Some(directory.st_gid);
+                let is_stranger = uid != 0 && keeps_group && !is_member;
                 let lost = if is_stranger && mode.contains(Mode::XGRP) { Mode::SGID } else { Mode::empty() };
                 rustix::fs::fchmod(&file, mode - lost)?;
             }

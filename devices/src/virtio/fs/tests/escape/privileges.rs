@@ -12,7 +12,7 @@ use tempfile::TempDir;
 use vm_memory::ByteValued;
 
 use super::{Yard, bytes, copy_to, is_root};
-use crate::virtio::fs::abi::{init, opcode};
+use crate::virtio::fs::abi::{EXT_GROUPS, init, opcode};
 use crate::virtio::fs::policy::Policy;
 use crate::virtio::fs::testing::{FakeGuest, PER_FILE, READ, ROOT, WRITE, directories_with_hints, nul};
 use crate::virtio::fs::{FileSystemConfig, FileSystemDevice};
@@ -214,9 +214,9 @@ fn files_are_made_in_the_name_of_users() {
 }
 
 /// CVE-2022-0358: in a set-group-id directory a new file gets the directory's group, and would keep the set-group-id bit
-/// if the server's own supplementary groups counted.
+/// if the server's own supplementary groups counted. Those of the user count, of which the guest's kernel says one.
 #[test]
-fn supplementary_groups_give_nothing() {
+fn supplementary_groups_are_those_of_the_user() {
     if !is_root() {
         return;
     }
@@ -244,20 +244,56 @@ fn supplementary_groups_give_nothing() {
         };
         let mut device = FileSystemDevice::new(config).unwrap();
         let mut driver = FakeDriver::new(&mut device, 0);
-        let mut ask = |code: u32, uid: u32, name: &str| {
+        let mut try_with = |code: u32, uid: u32, name: &str, extensions: &[u32]| {
             let create = CreateIn { flags: libc::O_RDWR as u32, mode: 0o102_777, umask: 0, fuse_flags: 0 };
             let mknod = MknodIn { mode: 0o102_777, ..Default::default() };
             let body = if code == opcode::MKNOD { bytes(&mknod) } else { bytes(&create) };
-            let len = (size_of::<InHeader>() + body.len() + name.len() + 1) as u32;
-            let header =
-                InHeader { len, opcode: code, nodeid: ROOT, uid, gid: uid, unique: 1, ..Default::default() };
-            driver.write(BUFFERS, &[header.as_slice(), &body, &nul(name)].concat());
+            let extensions: Vec<u8> = extensions.iter().flat_map(|word| word.to_le_bytes()).collect();
+            let len = (size_of::<InHeader>() + body.len() + name.len() + 1 + extensions.len()) as u32;
+            let padding = extensions.len() as u32 / 8;
+            let header = InHeader {
+                len,
+                opcode: code,
+                nodeid: ROOT,
+                uid,
+                gid: uid,
+                unique: 1,
+                padding,
+                ..Default::default()
+            };
+            driver.write(BUFFERS, &[header.as_slice(), &body, &nul(name), &extensions].concat());
             driver.send(1, &[readable(BUFFERS, len), writable(BUFFERS + 4096, 4096)]);
             let (_, used) = driver.wait_used(1);
             let reply = driver.read(BUFFERS + 4096, used as usize);
-            assert_eq!(i32::from_le_bytes(reply[4..8].try_into().unwrap()), 0, "opcode {code}");
-            EntryOut::from_slice(&reply[16..16 + size_of::<EntryOut>()]).unwrap().attr
+            match -i32::from_le_bytes(reply[4..8].try_into().unwrap()) {
+                0 => Ok(EntryOut::from_slice(&reply[16..16 + size_of::<EntryOut>()]).unwrap().attr),
+                errno => Err(errno),
+            }
         };
+        // struct fuse_ext_header, struct fuse_supp_groups
+        let member = [16, EXT_GROUPS, 1, GROUP];
+        for extensions in [
+            &[16, EXT_GROUPS, 1, u32::MAX][..],
+            &[16, EXT_GROUPS, 0, 0],
+            &[16, EXT_GROUPS, u32::MAX, GROUP],
+            &[24, EXT_GROUPS, 1, GROUP],
+            &[24, EXT_GROUPS, 2, GROUP, 1, 0],
+            &[16, EXT_GROUPS + 1, 1, GROUP],
+            &[0, EXT_GROUPS, 1, GROUP],
+            &[u32::MAX, EXT_GROUPS, 1, GROUP],
+            &[8, EXT_GROUPS],
+            &[member, member].concat(),
+        ] {
+            let answer = try_with(opcode::CREATE, 1000, "bad", extensions).err();
+            assert_eq!(answer, Some(libc::EINVAL), "{extensions:?}");
+        }
+        for (code, name) in
+            [(opcode::CREATE, "by one"), (opcode::MKNOD, "node by one"), (opcode::TMPFILE, "unnamed by one")]
+        {
+            let attr = try_with(code, 1000, name, &member).unwrap();
+            assert_eq!((attr.uid, attr.gid, attr.mode & 0o7777), (1000, GROUP, 0o2777), "{name}");
+        }
+        let mut ask = |code: u32, uid: u32, name: &str| try_with(code, uid, name, &[]).unwrap();
         for (code, name) in
             [(opcode::CREATE, "created"), (opcode::MKNOD, "node"), (opcode::TMPFILE, "unnamed")]
         {
