@@ -93,6 +93,7 @@ impl Agent {
             Op::Close(id) => done(self.files.remove(&id).map(drop).ok_or_else(|| unknown(id))),
             Op::Map(map) => done(Mapping::of(&map).map(|mapping| self.keep_map(mapping))),
             Op::MapRead(id, offset, len) => done(self.map(id)?.read(offset, len)),
+            Op::MapGather(id, offsets) => done(self.map(id)?.gather(offsets)),
             Op::MapWrite(id, offset, bytes) => done(self.map(id)?.write(offset, &bytes.0)),
             Op::MapVerify(id, seed) => done(Ok(self.map(id)?.verify(seed))),
             Op::MapSync(id) => done(self.map(id)?.sync()),

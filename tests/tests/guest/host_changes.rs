@@ -30,6 +30,7 @@ pub fn trials(places: &Result<Places, String>, kernel: &'static str, trials: &mu
         ("truncations-under-readers-and-writers", truncations),
         ("holes-are-punched", punched),
         ("files-go-while-they-are-mapped", gone),
+        ("a-gather-behind-the-end", gathered),
     ];
     for cpus in [1, 4] {
         for place in PLACES {
@@ -278,6 +279,30 @@ fn gone(kernel: &Kernel, cpus: u32, dir: &Path) -> Outcome {
     vm.run(Op::Unmap(map))?;
     let (counts, _) = finish(vm)?;
     ensure_eq!((counts.lost_files, counts.lost_pages), (1, 1024), "what was lost");
+    Ok(())
+}
+
+/// The guest believes in an old size, and reads behind the end by one instruction, at addresses that are in a vector.
+fn gathered(kernel: &Kernel, cpus: u32, dir: &Path) -> Outcome {
+    const END: u32 = 10 << 12;
+    let content = Content { seed: 81, len: 1 << 20 };
+    let host = dir.join("file");
+    content.write_to(&host)?;
+    let mut vm = boot(kernel, cpus, dir)?;
+    ensure_eq!(vm.stat("/mnt/file")?.size, content.len, "the old size");
+    File::options().write(true).open(&host)?.set_len(END.into())?;
+    let map = vm.map("/mnt/file", 0, content.len as usize, false)?;
+    let offsets = [0, 4, END - 4, END, END + 4096, 100 << 12, 4096, 255 << 12];
+    let found: [u32; 8] = vm.call(&Op::MapGather(map, offsets))?;
+    let bytes = fs::read(&host)?;
+    let there = offsets.map(|offset| match bytes.get(offset as usize..offset as usize + 4) {
+        Some(bytes) => u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]),
+        None => 0,
+    });
+    ensure_eq!(found, there);
+    vm.run(Op::Unmap(map))?;
+    let (counts, _) = finish(vm)?;
+    ensure_eq!((counts.lost_files, counts.lost_pages, counts.failed_pages), (1, 502, 0), "what was lost");
     Ok(())
 }
 

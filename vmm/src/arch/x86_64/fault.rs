@@ -4,11 +4,11 @@
 use iced_x86::{
     Decoder, DecoderOptions, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register,
 };
-use kvm_bindings::{kvm_regs, kvm_sregs};
+use kvm_bindings::{kvm_regs, kvm_sregs, kvm_xsave};
 use kvm_ioctls::VcpuFd;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::paging;
+use super::{paging, vectors};
 
 /// The longest instruction, in bytes.
 const MAX_INSTRUCTION: usize = 15;
@@ -42,8 +42,12 @@ pub fn stopped_at(
     memory: &GuestMemoryMmap,
     mut on_access: impl FnMut(Access),
 ) -> Result<StoppedAt, kvm_ioctls::Error> {
-    let (regs, sregs) = (vcpu.get_regs()?, vcpu.get_sregs()?);
-    let place = |linear: u64| paging::place(linear, &sregs, memory);
+    let registers = Registers {
+        general: vcpu.get_regs()?,
+        special: vcpu.get_sregs()?,
+        vectors: Box::new(vcpu.get_xsave()?),
+    };
+    let place = |linear: u64| paging::place(linear, &registers.special, memory);
     let mut accesses = vec![];
     let mut note = |linear: u64, write: bool| {
         let access =
@@ -53,10 +57,10 @@ pub fn stopped_at(
             on_access(access);
         }
     };
-    let instruction = sregs.cs.base.wrapping_add(regs.rip);
+    let instruction = registers.special.cs.base.wrapping_add(registers.general.rip);
     note(instruction, false);
     let code = read_code(instruction, memory, |linear| Some(place(linear)?.address));
-    for Operand { start, last, write } in operands(&code, &regs, &sregs) {
+    for Operand { start, last, write } in operands(&code, &registers) {
         note(start, write);
         note(last, write);
     }
@@ -83,87 +87,119 @@ struct Operand {
 /// As much as an instruction accesses that does not say how much (XSAVE): the standard form of what there is today.
 const UNKNOWN_SIZE: u64 = 4096;
 
+/// The registers that operands are found by.
+struct Registers {
+    general: kvm_regs,
+    special: kvm_sregs,
+    vectors: Box<kvm_xsave>,
+}
+
+impl Registers {
+    /// The value of one, or the base of a segment; of a vector an element, by its index and its size in bytes.
+    fn value(&self, register: Register, element: usize, size: usize) -> Option<u64> {
+        let Registers { general, special, vectors } = self;
+        let value = match register {
+            Register::ES => return Some(special.es.base),
+            Register::CS => return Some(special.cs.base),
+            Register::SS => return Some(special.ss.base),
+            Register::DS => return Some(special.ds.base),
+            Register::FS => return Some(special.fs.base),
+            Register::GS => return Some(special.gs.base),
+            vector if vector.is_vector_register() => {
+                return vectors::element(vectors, vector.number(), element, size);
+            }
+            _ => match register.full_register() {
+                Register::RAX => general.rax,
+                Register::RBX => general.rbx,
+                Register::RCX => general.rcx,
+                Register::RDX => general.rdx,
+                Register::RSI => general.rsi,
+                Register::RDI => general.rdi,
+                Register::RBP => general.rbp,
+                Register::RSP => general.rsp,
+                Register::R8 => general.r8,
+                Register::R9 => general.r9,
+                Register::R10 => general.r10,
+                Register::R11 => general.r11,
+                Register::R12 => general.r12,
+                Register::R13 => general.r13,
+                Register::R14 => general.r14,
+                Register::R15 => general.r15,
+                _ => return None,
+            },
+        };
+        Some(match register.size() {
+            8 => value,
+            size => value & ((1 << (8 * size)) - 1),
+        })
+    }
+}
+
 /// What an instruction accesses in memory, implied operands included.
-fn operands(code: &[u8], regs: &kvm_regs, sregs: &kvm_sregs) -> Vec<Operand> {
-    let bitness = match (sregs.cs.l, sregs.cs.db) {
+fn operands(code: &[u8], registers: &Registers) -> Vec<Operand> {
+    let bitness = match (registers.special.cs.l, registers.special.cs.db) {
         (1, _) => 64,
         (_, 1) => 32,
         _ => 16,
     };
-    let instruction: Instruction = Decoder::with_ip(bitness, code, regs.rip, DecoderOptions::NONE).decode();
+    let instruction: Instruction =
+        Decoder::with_ip(bitness, code, registers.general.rip, DecoderOptions::NONE).decode();
     let mut factory = InstructionInfoFactory::new();
-    let used = factory.info(&instruction).used_memory().iter().filter_map(|memory| {
+    let used = factory.info(&instruction).used_memory().iter().flat_map(|memory| {
         use OpAccess::{CondRead, CondWrite, Read, ReadCondWrite, ReadWrite, Write};
         let write = match memory.access() {
-            Write | CondWrite | ReadWrite | ReadCondWrite => true,
-            Read | CondRead => false,
-            _ => return None,
+            Write | CondWrite | ReadWrite | ReadCondWrite => Some(true),
+            Read | CondRead => Some(false),
+            _ => None,
         };
-        let value = |register, _, _| register_value(register, regs, sregs);
-        let start = memory.virtual_address(0, value)?.wrapping_add(bit_offset(&instruction, regs, sregs));
         // One that repeats itself has no size but that of each time.
         let sizes = [memory.memory_size(), instruction.memory_size()].map(|size| size.size() as u64);
         let size = sizes.into_iter().find(|size| *size > 0).unwrap_or(UNKNOWN_SIZE);
-        Some(Operand { start, last: start.wrapping_add(size - 1), write })
+        // Gathers and scatters have a vector of addresses. Those that a mask leaves out are looked at as well, which does no
+        // harm.
+        let elements = match memory.vsib_size() as usize {
+            0 => 1,
+            size => memory.index().size() / size,
+        };
+        let offset = bit_offset(&instruction, registers);
+        let operand = move |element, write| {
+            let value = |register, element, size| registers.value(register, element, size);
+            let start = memory.virtual_address(element, value)?.wrapping_add(offset);
+            Some(Operand { start, last: start.wrapping_add(size - 1), write })
+        };
+        (0..elements).filter_map(move |element| operand(element, write?))
     });
     used.collect()
 }
 
 /// How far from its operand in memory BT and its like access, in bytes: a register has a bit's number, from anywhere on.
-fn bit_offset(instruction: &Instruction, regs: &kvm_regs, sregs: &kvm_sregs) -> u64 {
+fn bit_offset(instruction: &Instruction, registers: &Registers) -> u64 {
     use Mnemonic::{Bt, Btc, Btr, Bts};
     if !matches!(instruction.mnemonic(), Bt | Btc | Btr | Bts) || instruction.op1_kind() != OpKind::Register {
         return 0;
     }
     let register = instruction.op1_register();
     let bits = 8 * register.size() as u32;
-    let number = register_value(register, regs, sregs).unwrap_or_default();
+    let number = registers.value(register, 0, 0).unwrap_or_default();
     // The number has a sign.
     let number = (number << (64 - bits)) as i64 >> (64 - bits);
     (number.div_euclid(bits.into()) * i64::from(bits / 8)) as u64
-}
-
-/// A register as an address is computed from it; `None` for those of vectors, which no address that matters here uses.
-fn register_value(register: Register, regs: &kvm_regs, sregs: &kvm_sregs) -> Option<u64> {
-    let value = match register {
-        Register::ES => return Some(sregs.es.base),
-        Register::CS => return Some(sregs.cs.base),
-        Register::SS => return Some(sregs.ss.base),
-        Register::DS => return Some(sregs.ds.base),
-        Register::FS => return Some(sregs.fs.base),
-        Register::GS => return Some(sregs.gs.base),
-        _ => match register.full_register() {
-            Register::RAX => regs.rax,
-            Register::RBX => regs.rbx,
-            Register::RCX => regs.rcx,
-            Register::RDX => regs.rdx,
-            Register::RSI => regs.rsi,
-            Register::RDI => regs.rdi,
-            Register::RBP => regs.rbp,
-            Register::RSP => regs.rsp,
-            Register::R8 => regs.r8,
-            Register::R9 => regs.r9,
-            Register::R10 => regs.r10,
-            Register::R11 => regs.r11,
-            Register::R12 => regs.r12,
-            Register::R13 => regs.r13,
-            Register::R14 => regs.r14,
-            Register::R15 => regs.r15,
-            _ => return None,
-        },
-    };
-    Some(match register.size() {
-        8 => value,
-        size => value & ((1 << (8 * size)) - 1),
-    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    /// Registers in 64-bit mode.
+    fn registers(general: kvm_regs) -> Registers {
+        let mut special = kvm_sregs::default();
+        special.cs.l = 1;
+        special.gs.base = 0x5_0000;
+        Registers { general, special, vectors: Box::default() }
+    }
+
     fn operands_of(code: &[u8]) -> Vec<(u64, u64, bool)> {
-        let regs = kvm_regs {
+        let registers = registers(kvm_regs {
             rax: 0x1000,
             rcx: 4,
             rsi: 0x2000,
@@ -171,11 +207,8 @@ mod tests {
             rsp: 0x8000,
             rip: 0x10,
             ..Default::default()
-        };
-        let mut sregs = kvm_sregs::default();
-        sregs.cs.l = 1;
-        sregs.gs.base = 0x5_0000;
-        operands(code, &regs, &sregs)
+        });
+        operands(code, &registers)
             .iter()
             .map(|operand| (operand.start, operand.last, operand.write))
             .collect()
@@ -211,10 +244,27 @@ mod tests {
         assert_eq!(operands_of(&[0x48, 0x0f, 0xab, 0x07]), [(0x3200, 0x3207, true)]);
         assert_eq!(operands_of(&[0x0f, 0xa3, 0x37]), [(0x3400, 0x3403, false)]);
         assert_eq!(operands_of(&[0x48, 0x0f, 0xba, 0x2f, 3]), [(0x3000, 0x3007, true)]);
-        let regs = kvm_regs { rax: -1_i64 as u64, rdi: 0x3000, ..Default::default() };
-        let mut sregs = kvm_sregs::default();
-        sregs.cs.l = 1;
-        let operand = operands(&[0x48, 0x0f, 0xab, 0x07], &regs, &sregs)[0];
+        let registers = registers(kvm_regs { rax: -1_i64 as u64, rdi: 0x3000, ..Default::default() });
+        let operand = operands(&[0x48, 0x0f, 0xab, 0x07], &registers)[0];
         assert_eq!((operand.start, operand.last), (0x2ff8, 0x2fff));
+    }
+
+    #[test]
+    fn a_gather_has_an_operand_for_each_element() {
+        let mut registers = registers(kvm_regs { rax: 0x10_0000, ..Default::default() });
+        // xmm1, by its halves: where programs keep it, and KVM (XSAVE's legacy region).
+        let xmm1 = &mut registers.vectors.region[(160 + 16) / 4..][..4];
+        xmm1.copy_from_slice(&[0x1000, -0x2000_i32 as u32, 0, 8]);
+        let starts = |code: &[u8]| -> Vec<_> {
+            operands(code, &registers).iter().map(|operand| (operand.start, operand.write)).collect()
+        };
+        // vpgatherdd xmm0, [rax+xmm1*2], xmm2.
+        let [minus, plus] = [0x10_0000 - 0x4000, 0x10_0000 + 0x2000];
+        let found = [(plus, false), (minus, false), (0x10_0000, false), (0x10_0010, false)];
+        assert_eq!(starts(&[0xc4, 0xe2, 0x69, 0x90, 0x04, 0x48]), found);
+        // vpscatterqq [rax+xmm1]{k1}, xmm0.
+        let far = 0xffff_e000_0000_1000_u64.wrapping_add(0x10_0000);
+        let scattered = [(far, true), (0x8_0000_0000 + 0x10_0000, true)];
+        assert_eq!(starts(&[0x62, 0xf2, 0xfd, 0x09, 0xa1, 0x04, 0x08]), scattered);
     }
 }

@@ -6,6 +6,7 @@ pub mod cpuid;
 pub mod entry;
 pub mod fault;
 mod paging;
+mod vectors;
 
 /// What an APIC ID can name, and so how many vCPUs there may be.
 pub const MAX_VCPUS: u8 = 32;

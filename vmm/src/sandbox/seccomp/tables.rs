@@ -3,6 +3,7 @@
 
 use kvm_bindings::{
     KVMIO, kvm_ioeventfd, kvm_irq_routing, kvm_irqfd, kvm_regs, kvm_sregs, kvm_userspace_memory_region,
+    kvm_xsave,
 };
 use rustix::ioctl::opcode;
 use syscalls::Sysno::{self, *};
@@ -99,7 +100,10 @@ pub(super) static VCPU: Table = Table {
     limited: &[
         Limited(
             ioctl,
-            When::OneOf(1, &[KVM_RUN, KVM_GET_REGS, KVM_GET_SREGS, KVM_SET_SREGS, KVM_KVMCLOCK_CTRL]),
+            When::OneOf(
+                1,
+                &[KVM_RUN, KVM_GET_REGS, KVM_GET_SREGS, KVM_SET_SREGS, KVM_GET_XSAVE, KVM_KVMCLOCK_CTRL],
+            ),
         ),
         // BARs that are moved, vectors, doorbells.
         Limited(
@@ -203,6 +207,7 @@ const KVM_IOEVENTFD: u32 = opcode::write::<kvm_ioeventfd>(KVM, 0x79);
 const KVM_RUN: u32 = opcode::none(KVM, 0x80);
 const KVM_GET_REGS: u32 = opcode::read::<kvm_regs>(KVM, 0x81);
 const KVM_GET_SREGS: u32 = opcode::read::<kvm_sregs>(KVM, 0x83);
+const KVM_GET_XSAVE: u32 = opcode::read::<kvm_xsave>(KVM, 0xa4);
 const KVM_SET_SREGS: u32 = opcode::write::<kvm_sregs>(KVM, 0x84);
 const KVM_KVMCLOCK_CTRL: u32 = opcode::none(KVM, 0xad);
 /// With struct kvm_pre_fault_memory, of 64 bytes.
