@@ -1,13 +1,25 @@
 //! All that a window does to the process's address space.
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::RawFd;
+use std::ptr;
+
+use rustix::rand::{GetRandomFlags, getrandom};
+
+use super::CHUNK_SIZE;
+
+/// Where windows are in the address space. For what others map the host takes the highest place that is free, or with
+/// `ulimit -s unlimited` the first one above 42 TiB, a third of the address space (arch/x86/kernel/sys_x86_64.c, Linux 6.12): in
+/// neither case one down here, even while a window has a gap.
+const PLACES: Range<u64> = 32 << 40..40 << 40;
+
+/// How many places are tried; each may be taken by another window.
+const TRIES: usize = 64;
 
 /// What stands behind a range of addresses.
 #[derive(Clone, Copy)]
 pub(super) enum Backing {
-    /// Address space alone, wherever it is free.
-    Nothing,
     /// Nothing that can be accessed, where nothing is mapped.
     Gap,
     /// Scratch memory. `placement` is MAP_FIXED or MAP_FIXED_NOREPLACE, as in mmap(2).
@@ -27,7 +39,6 @@ pub(super) fn replace(address: *mut u8, len: usize, backing: Backing) -> io::Res
     const READ_WRITE: i32 = libc::PROT_READ | libc::PROT_WRITE;
     const PRIVATE: i32 = libc::MAP_PRIVATE | libc::MAP_FIXED;
     let (protection, flags, fd, offset) = match backing {
-        Backing::Nothing => (libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0),
         Backing::Gap => {
             const NEW: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
             (libc::PROT_NONE, NEW, -1, 0)
@@ -42,19 +53,32 @@ pub(super) fn replace(address: *mut u8, len: usize, backing: Backing) -> io::Res
         Backing::Copy { fd, offset } => (READ_WRITE, PRIVATE, fd, offset),
     };
     let flags = flags | libc::MAP_NORESERVE;
-    // SAFETY: the range is either chosen by the kernel, or lies in the window that reserved it: `DaxWindow::chunks`
-    // has checked it, or the table says so. Rust holds no reference into a window, and the guest expects it to change.
+    // SAFETY: the range is either free, or lies in the window that reserved it: `DaxWindow::chunks` has checked it, or the
+    // table says so. Rust holds no reference into a window, and the guest expects it to change.
     let mapped = unsafe { libc::mmap(address.cast(), len, protection, flags, fd, offset) };
     if mapped == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(mapped.cast()) }
 }
 
-/// Gives a range of a window back to the process's free address space.
-pub(super) fn give_back(address: *mut u8, len: usize) {
-    if len > 0 {
-        // SAFETY: the callers own the range: it is the surplus of a reservation just made, or the window being dropped,
-        // whose memory slot and devices hold it by reference count and so are gone.
-        unsafe { libc::munmap(address.cast(), len) };
+/// Reserves `len` bytes of address space, from a multiple of a chunk's size on, at a random place among [`PLACES`].
+pub(super) fn reserve(len: u64) -> io::Result<*mut u8> {
+    let chunks = (PLACES.end - PLACES.start - len) / CHUNK_SIZE;
+    let mut taken = io::Error::from_raw_os_error(libc::EEXIST);
+    for _ in 0..TRIES {
+        let mut random = [0; 8];
+        getrandom(&mut random, GetRandomFlags::empty())?;
+        let place = PLACES.start + u64::from_ne_bytes(random) % chunks * CHUNK_SIZE;
+        match replace(ptr::without_provenance_mut(place as usize), len as usize, Backing::Gap) {
+            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => taken = error,
+            result => return result,
+        }
     }
+    Err(taken)
+}
+
+/// Gives a window's range back to the process's free address space.
+pub(super) fn give_back(address: *mut u8, len: usize) {
+    // SAFETY: the window is being dropped, whose memory slot and devices hold it by reference count and so are gone.
+    unsafe { libc::munmap(address.cast(), len) };
 }
 
 /// Notes in `pages` which pages from `address` on are in the page cache, one byte a page, as mincore(2) does. It says so of

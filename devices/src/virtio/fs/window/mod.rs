@@ -25,7 +25,6 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::path::Path;
-use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
@@ -35,7 +34,6 @@ pub use self::files::KnownFile;
 use self::files::{FileKey, Files};
 use self::guard::Guard;
 use self::lost::LostFiles;
-use self::mmap::{Backing, give_back, replace};
 pub use self::prefault::{MappedPart, Shown};
 use self::scratch::Scratch;
 pub use self::size::{
@@ -154,13 +152,7 @@ impl DaxWindow {
         }
         spare::keep();
         let scratch = Scratch::new(size)?;
-        // One chunk more than is needed always holds an aligned start; the rest is given back.
-        let reserved = (size + CHUNK_SIZE) as usize;
-        let start = replace(ptr::null_mut(), reserved, Backing::Nothing)?;
-        let head = start.align_offset(CHUNK_SIZE as usize);
-        let base = start.wrapping_add(head);
-        give_back(start, head);
-        give_back(base.wrapping_add(size as usize), reserved - head - size as usize);
+        let base = mmap::reserve(size)?;
         let guard = Guard::new(base as usize..base as usize + size as usize)?;
         let files = Files::default();
         let index = files.index.clone();

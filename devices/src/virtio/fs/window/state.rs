@@ -328,7 +328,7 @@ impl Shared {
 
     /// Puts a file, or a copy of it, where something else is mapped. A mapping that fails late, in the file system, has
     /// removed the old one already (`vms_abort_munmap_vmas` of mm/vma.c, and before Linux 6.12 mmap_region of mm/mmap.c). The gap
-    /// is closed at once, or something else of the process would come to lie in the window.
+    /// is closed at once; until then nothing else of the process comes to lie in it (`mmap::PLACES`).
     pub(super) fn place(&self, at: u64, len: u64, backing: Backing) -> Result<(), NotPlaced> {
         replace(self.address(at), len as usize, backing).map(drop).map_err(|error| {
             // Where the old mapping is whole this says EEXIST, and does nothing.

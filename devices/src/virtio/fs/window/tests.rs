@@ -7,6 +7,7 @@ use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
+use std::ptr;
 
 use super::*;
 
@@ -182,6 +183,25 @@ fn a_failed_map_leaves_what_was_there() {
     assert_eq!(peek(&window, 0), [2, 1]);
     assert_eq!(peek(&window, CHUNK_SIZE), [0, 0]);
     assert_eq!(window.counters(), WindowCounters { failed_setup_mappings: 2, ..before });
+}
+
+/// What others map while a window has a gap must not be what the guest gets to see.
+#[test]
+fn a_gap_is_no_place_for_other_memory() {
+    let window = DaxWindow::new(SIZE).unwrap();
+    let places = window.host_address() as usize..window.host_address() as usize + SIZE as usize;
+    // SAFETY: the range lies in the window, and no reference into it exists.
+    assert_eq!(unsafe { libc::munmap(window.host_address().cast(), CHUNK) }, 0);
+    let (size, flags) = (CHUNK / 2, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    // SAFETY: new memory, wherever it is free.
+    let others = [(); 256]
+        .map(|()| unsafe { libc::mmap(ptr::null_mut(), size, libc::PROT_NONE, flags, -1, 0) as usize });
+    for other in others {
+        assert!(!places.contains(&other), "{other:#x} is in the window");
+        // SAFETY: it was mapped above, and nobody uses it.
+        assert_eq!(unsafe { libc::munmap(other as *mut libc::c_void, size) }, 0);
+    }
+    window.unmap(0, SIZE).unwrap();
 }
 
 /// Older kernels have removed the old mapping when a new one fails late.
