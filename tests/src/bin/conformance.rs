@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tests::conformance::two_guests::{Party, Peer};
-use tests::conformance::{ConformanceError, FileSystem, Matrix, Policy, Settings, Suite, run};
+use tests::conformance::{ConformanceError, FileSystem, Matrix, Mode, Policy, Settings, Suite, run};
 
 #[derive(Parser)]
 #[command(args_conflicts_with_subcommands = true)]
@@ -36,6 +36,9 @@ struct MatrixArgs {
     /// Seeds of fsx, from 1
     #[arg(long, default_value_t = 4)]
     seeds: u64,
+    /// How fsx accesses its file; without any, each way
+    #[arg(long)]
+    mode: Vec<Mode>,
     /// Seconds for each stressor of stress-ng; dbench takes six times as many
     #[arg(long, default_value_t = 10)]
     seconds: u64,
@@ -90,12 +93,12 @@ fn fail(error: &dyn std::error::Error) -> ExitCode {
 
 /// Whether no guest failed what its host passed.
 fn suites(args: MatrixArgs) -> Result<bool, ConformanceError> {
-    let MatrixArgs { suites, fs, dax, kernel, operations, seeds, seconds, rounds } = args;
+    let MatrixArgs { suites, fs, dax, kernel, operations, seeds, mode, seconds, rounds } = args;
     let results = run(&Matrix {
         suites: or_all(suites),
         file_systems: or_all(fs),
         policies: or_all(dax),
-        settings: Settings { kernel, operations, seeds, seconds, rounds },
+        settings: Settings { kernel, operations, seeds, modes: or_all(mode), seconds, rounds },
     })?;
     results.print();
     Ok(results.passed())

@@ -14,7 +14,7 @@ pub mod two_guests;
 pub use outcome::{Outcome, Outcomes};
 pub use place::{FileSystem, Policy};
 pub use results::{Results, Row};
-pub use suite::{Settings, Suite};
+pub use suite::{Mode, Settings, Suite};
 
 use std::path::PathBuf;
 use std::time::Instant;

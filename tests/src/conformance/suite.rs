@@ -24,6 +24,34 @@ pub enum Suite {
     TwoGuests,
 }
 
+/// How fsx accesses its file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Mode {
+    /// By read(2) and write(2)
+    Buffered,
+    /// With mappings too
+    Mmap,
+}
+
+impl Mode {
+    fn name(self) -> &'static str {
+        match self {
+            Mode::Buffered => "buffered",
+            Mode::Mmap => "mmap",
+        }
+    }
+
+    /// What fsx does, but for the size of its file.
+    fn configuration(self) -> String {
+        match self {
+            Mode::Buffered => FSX_BUFFERED.to_owned(),
+            Mode::Mmap => FSX_BUFFERED
+                .replace("mapread = 0", "invalidate = 1\nmapread = 10")
+                .replace("mapwrite = 0", "mapwrite = 10"),
+        }
+    }
+}
+
 /// How much is run.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -33,6 +61,8 @@ pub struct Settings {
     pub operations: u64,
     /// Seeds of fsx: 1 to this number.
     pub seeds: u64,
+    /// What fsx does with each seed.
+    pub modes: Vec<Mode>,
     /// Seconds of each stressor, and of dbench six times as many.
     pub seconds: u64,
     /// Rounds of what two guests do to one file.
@@ -66,9 +96,6 @@ close_open = 1
 fsync = 1
 fdatasync = 1
 ";
-
-/// fsx by read(2) and write(2), and with mappings too.
-const MODES: [&str; 2] = ["buffered", "mmap"];
 
 /// fsx's files: smaller than a chunk of the window, and of three chunks.
 const FSX_SIZES: [(&str, u32); 2] = [("small", 256 << 10), ("large", 5 << 20)];
@@ -107,12 +134,10 @@ impl Suite {
             ("pjdfstest.toml".to_owned(), pjdfstest::configuration(false)),
             ("remount.toml".to_owned(), pjdfstest::configuration(true)),
         ];
-        let mmap = FSX_BUFFERED
-            .replace("mapread = 0", "invalidate = 1\nmapread = 10")
-            .replace("mapwrite = 0", "mapwrite = 10");
         for (size, bytes) in FSX_SIZES {
-            for (mode, weights) in [("buffered", FSX_BUFFERED), ("mmap", mmap.as_str())] {
-                files.push((format!("fsx-{mode}-{size}.toml"), format!("flen = {bytes}\n{weights}")));
+            for mode in Mode::value_variants() {
+                let configuration = format!("flen = {bytes}\n{}", mode.configuration());
+                files.push((format!("fsx-{}-{size}.toml", mode.name()), configuration));
             }
         }
         files
@@ -121,15 +146,15 @@ impl Suite {
     /// A script for sh. `SUITE` is the directory of the programs, `DIR` one on the file system, `WHERE` `host` or
     /// `guest`, and `PARTY` who runs it.
     pub fn script(self, policy: Option<Policy>, settings: &Settings) -> String {
-        let Settings { operations, seeds, seconds, rounds, .. } = settings;
+        let Settings { operations, seeds, modes, seconds, rounds, .. } = settings;
         let commands = match self {
             Suite::Pjdfstest => return pjdfstest::SCRIPT.to_owned(),
-            Suite::Fsx => fsx(*operations, 1..=*seeds),
+            Suite::Fsx => fsx(*operations, modes, 1..=*seeds),
             Suite::StressNg => stress_ng(*seconds),
             Suite::Dbench => dbench(6 * seconds),
             Suite::TwoGuests => {
                 // Each has a seed of its own.
-                let fsx = |seed| fsx(operations.div_ceil(10), seed..=seed);
+                let fsx = |seed| fsx(operations.div_ceil(10), modes, seed..=seed);
                 let mapping = if policy == Some(Policy::Never) { "" } else { "--mapping" };
                 format!(
                     "\"$SUITE/conformance\" peer {mapping} --rounds {rounds} \"$PARTY\" \"$DIR\"\n\
@@ -145,7 +170,7 @@ impl Suite {
     /// How many cases it has, where that is known before it runs.
     pub fn cases(self, settings: &Settings) -> Option<usize> {
         match self {
-            Suite::Fsx => Some(MODES.len() * settings.seeds as usize),
+            Suite::Fsx => Some(settings.modes.len() * settings.seeds as usize),
             Suite::Dbench => Some(VARIANTS.len()),
             Suite::Pjdfstest | Suite::StressNg | Suite::TwoGuests => None,
         }
@@ -163,9 +188,9 @@ impl Suite {
 }
 
 /// Odd seeds have a small file, even ones a large one. What fsx leaves when it fails goes to /tmp.
-fn fsx(operations: u64, seeds: impl Iterator<Item = u64> + Clone) -> String {
+fn fsx(operations: u64, modes: &[Mode], seeds: impl Iterator<Item = u64> + Clone) -> String {
     let mut commands = String::new();
-    for mode in MODES {
+    for mode in modes.iter().map(|mode| mode.name()) {
         for seed in seeds.clone() {
             let (size, _) = FSX_SIZES[((seed + 1) % 2) as usize];
             let file = format!("$DIR/fsx-{mode}-{seed}");
@@ -241,7 +266,8 @@ mod tests {
     use super::*;
 
     fn settings() -> Settings {
-        Settings { kernel: "6.12-cloud".into(), operations: 1000, seeds: 4, seconds: 5, rounds: 3 }
+        let modes = Mode::value_variants().to_vec();
+        Settings { kernel: "6.12-cloud".into(), operations: 1000, seeds: 4, modes, seconds: 5, rounds: 3 }
     }
 
     #[test]
