@@ -33,9 +33,9 @@ struct MatrixArgs {
     /// Operations of each run of fsx
     #[arg(long, default_value_t = 100_000)]
     operations: u64,
-    /// Seeds of fsx, from 1
-    #[arg(long, default_value_t = 4)]
-    seeds: u64,
+    /// A seed of fsx
+    #[arg(long, default_values_t = [1, 2, 3, 4])]
+    seed: Vec<u64>,
     /// How fsx accesses its file; without any, each way
     #[arg(long)]
     mode: Vec<Mode>,
@@ -93,12 +93,12 @@ fn fail(error: &dyn std::error::Error) -> ExitCode {
 
 /// Whether no guest failed what its host passed.
 fn suites(args: MatrixArgs) -> Result<bool, ConformanceError> {
-    let MatrixArgs { suites, fs, dax, kernel, operations, seeds, mode, seconds, rounds } = args;
+    let MatrixArgs { suites, fs, dax, kernel, operations, seed, mode, seconds, rounds } = args;
     let results = run(&Matrix {
         suites: or_all(suites),
         file_systems: or_all(fs),
         policies: or_all(dax),
-        settings: Settings { kernel, operations, seeds, modes: or_all(mode), seconds, rounds },
+        settings: Settings { kernel, operations, seeds: seed, modes: or_all(mode), seconds, rounds },
     })?;
     results.print();
     Ok(results.passed())

@@ -59,8 +59,8 @@ pub struct Settings {
     pub kernel: String,
     /// Operations of each run of fsx.
     pub operations: u64,
-    /// Seeds of fsx: 1 to this number.
-    pub seeds: u64,
+    /// Seeds of fsx.
+    pub seeds: Vec<u64>,
     /// What fsx does with each seed.
     pub modes: Vec<Mode>,
     /// Seconds of each stressor, and of dbench six times as many.
@@ -149,12 +149,12 @@ impl Suite {
         let Settings { operations, seeds, modes, seconds, rounds, .. } = settings;
         let commands = match self {
             Suite::Pjdfstest => return pjdfstest::SCRIPT.to_owned(),
-            Suite::Fsx => fsx(*operations, modes, 1..=*seeds),
+            Suite::Fsx => fsx(*operations, modes, seeds),
             Suite::StressNg => stress_ng(*seconds),
             Suite::Dbench => dbench(6 * seconds),
             Suite::TwoGuests => {
                 // Each has a seed of its own.
-                let fsx = |seed| fsx(operations.div_ceil(10), modes, seed..=seed);
+                let fsx = |seed| fsx(operations.div_ceil(10), modes, &[seed]);
                 let mapping = if policy == Some(Policy::Never) { "" } else { "--mapping" };
                 format!(
                     "\"$SUITE/conformance\" peer {mapping} --rounds {rounds} \"$PARTY\" \"$DIR\"\n\
@@ -170,7 +170,7 @@ impl Suite {
     /// How many cases it has, where that is known before it runs.
     pub fn cases(self, settings: &Settings) -> Option<usize> {
         match self {
-            Suite::Fsx => Some(settings.modes.len() * settings.seeds as usize),
+            Suite::Fsx => Some(settings.modes.len() * settings.seeds.len()),
             Suite::Dbench => Some(VARIANTS.len()),
             Suite::Pjdfstest | Suite::StressNg | Suite::TwoGuests => None,
         }
@@ -188,10 +188,10 @@ impl Suite {
 }
 
 /// Odd seeds have a small file, even ones a large one. What fsx leaves when it fails goes to /tmp.
-fn fsx(operations: u64, modes: &[Mode], seeds: impl Iterator<Item = u64> + Clone) -> String {
+fn fsx(operations: u64, modes: &[Mode], seeds: &[u64]) -> String {
     let mut commands = String::new();
     for mode in modes.iter().map(|mode| mode.name()) {
-        for seed in seeds.clone() {
+        for seed in seeds {
             let (size, _) = FSX_SIZES[((seed + 1) % 2) as usize];
             let file = format!("$DIR/fsx-{mode}-{seed}");
             commands += &format!(
@@ -267,7 +267,8 @@ mod tests {
 
     fn settings() -> Settings {
         let modes = Mode::value_variants().to_vec();
-        Settings { kernel: "6.12-cloud".into(), operations: 1000, seeds: 4, modes, seconds: 5, rounds: 3 }
+        let seeds = (1..=4).collect();
+        Settings { kernel: "6.12-cloud".into(), operations: 1000, seeds, modes, seconds: 5, rounds: 3 }
     }
 
     #[test]

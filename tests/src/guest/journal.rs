@@ -38,13 +38,15 @@ pub enum Way {
     Map,
     /// O_DIRECT, fsync(2).
     Direct,
+    /// copy_file_range(2) to a file that was opened with O_SYNC.
+    Copy,
     /// A new file, fsync(2), rename(2) over the old one, fsync(2) of the directory.
     Rename,
 }
 
 impl Way {
     /// All of them.
-    pub const ALL: [Way; 4] = [Way::Write, Way::Map, Way::Direct, Way::Rename];
+    pub const ALL: [Way; 5] = [Way::Write, Way::Map, Way::Direct, Way::Copy, Way::Rename];
 
     /// The name of the file that is written so.
     pub fn file_name(self) -> &'static str {
@@ -52,6 +54,7 @@ impl Way {
             Way::Write => "write",
             Way::Map => "map",
             Way::Direct => "direct",
+            Way::Copy => "copy",
             Way::Rename => "rename",
         }
     }

@@ -40,6 +40,7 @@ enum Writer {
     Write(File),
     Map(Mapping),
     Direct { file: File, buffer: Vec<u8>, start: usize },
+    Copy { from: File, to: File },
     Rename { path: GuestPath, new: GuestPath, dir: File },
 }
 
@@ -61,6 +62,10 @@ impl Writer {
                 let buffer = vec![0; RECORD + ALIGNMENT];
                 let start = buffer.as_ptr().align_offset(ALIGNMENT);
                 Writer::Direct { file, buffer, start }
+            }
+            Way::Copy => {
+                let from = options.open(dir.join("copy.from"))?;
+                Writer::Copy { from, to: options.custom_flags(OFlags::SYNC.bits() as i32).open(&path)? }
             }
             Way::Rename => {
                 let new = dir.join(format!("{}.new", way.file_name()));
@@ -85,6 +90,17 @@ impl Writer {
                 aligned.copy_from_slice(bytes);
                 file.write_all_at(aligned, offset_of(number))?;
                 file.sync_all()?;
+            }
+            Writer::Copy { from, to } => {
+                from.write_all_at(bytes, 0)?;
+                let (mut done, mut place) = (0, offset_of(number));
+                while done < RECORD as u64 {
+                    let copied =
+                        rustix::fs::copy_file_range(&*from, Some(&mut done), &*to, Some(&mut place), RECORD)?;
+                    if copied == 0 {
+                        return Err(Failure::new("a copy ended before its source"));
+                    }
+                }
             }
             Writer::Rename { path, new, dir } => {
                 let file = File::create(&*new)?;
@@ -120,7 +136,7 @@ mod tests {
         })
         .unwrap();
         let said = said.into_inner().unwrap();
-        assert_eq!(said.len(), 8);
+        assert_eq!(said.len(), 2 * Way::ALL.len());
         assert!(said.values().all(|numbers| numbers.iter().copied().eq(1..=70)), "{said:?}");
         for dir in &dirs {
             for way in Way::ALL {
