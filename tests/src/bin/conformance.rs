@@ -93,7 +93,9 @@ fn fail(error: &dyn std::error::Error) -> ExitCode {
 
 /// Whether no guest failed what its host passed.
 fn suites(args: MatrixArgs) -> Result<bool, ConformanceError> {
-    let MatrixArgs { suites, fs, dax, kernel, operations, seed, mode, seconds, rounds } = args;
+    let MatrixArgs { suites, fs, dax, kernel, operations, mut seed, mode, seconds, rounds } = args;
+    seed.sort_unstable();
+    seed.dedup();
     let results = run(&Matrix {
         suites: or_all(suites),
         file_systems: or_all(fs),
@@ -104,6 +106,7 @@ fn suites(args: MatrixArgs) -> Result<bool, ConformanceError> {
     Ok(results.passed())
 }
 
-fn or_all<T: ValueEnum>(chosen: Vec<T>) -> Vec<T> {
-    if chosen.is_empty() { T::value_variants().to_vec() } else { chosen }
+fn or_all<T: ValueEnum + PartialEq>(chosen: Vec<T>) -> Vec<T> {
+    let is_chosen = |one: &&T| chosen.is_empty() || chosen.contains(one);
+    T::value_variants().iter().filter(is_chosen).cloned().collect()
 }

@@ -192,7 +192,7 @@ fn fsx(operations: u64, modes: &[Mode], seeds: &[u64]) -> String {
     let mut commands = String::new();
     for mode in modes.iter().map(|mode| mode.name()) {
         for seed in seeds {
-            let (size, _) = FSX_SIZES[((seed + 1) % 2) as usize];
+            let (size, _) = FSX_SIZES[usize::from(seed % 2 == 0)];
             let file = format!("$DIR/fsx-{mode}-{seed}");
             commands += &format!(
                 "run {mode}/seed-{seed} \"$SUITE/fsx\" -N {operations} -S {seed} -f \"$SUITE/fsx-{mode}-{size}.toml\" \

@@ -3,12 +3,14 @@
 
 use iced_x86::{
     Decoder, DecoderOptions, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register,
+    UsedMemory,
 };
-use kvm_bindings::{kvm_regs, kvm_sregs, kvm_xsave};
+use kvm_bindings::{kvm_regs, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::{paging, vectors};
+use super::paging;
+use super::vectors::Vectors;
 
 /// The longest instruction, in bytes.
 const MAX_INSTRUCTION: usize = 15;
@@ -45,7 +47,8 @@ pub fn stopped_at(
     let registers = Registers {
         general: vcpu.get_regs()?,
         special: vcpu.get_sregs()?,
-        vectors: Box::new(vcpu.get_xsave()?),
+        // A guest may have more state than the call returns; then only gathers and scatters are not found.
+        vectors: Vectors::new(vcpu.get_xsave().unwrap_or_default()),
     };
     let place = |linear: u64| paging::place(linear, &registers.special, memory);
     let mut accesses = vec![];
@@ -91,7 +94,7 @@ const UNKNOWN_SIZE: u64 = 4096;
 struct Registers {
     general: kvm_regs,
     special: kvm_sregs,
-    vectors: Box<kvm_xsave>,
+    vectors: Vectors,
 }
 
 impl Registers {
@@ -106,7 +109,7 @@ impl Registers {
             Register::FS => return Some(special.fs.base),
             Register::GS => return Some(special.gs.base),
             vector if vector.is_vector_register() => {
-                return vectors::element(vectors, vector.number(), element, size);
+                return vectors.element(vector.number(), element, size);
             }
             _ => match register.full_register() {
                 Register::RAX => general.rax,
@@ -155,21 +158,44 @@ fn operands(code: &[u8], registers: &Registers) -> Vec<Operand> {
         // One that repeats itself has no size but that of each time.
         let sizes = [memory.memory_size(), instruction.memory_size()].map(|size| size.size() as u64);
         let size = sizes.into_iter().find(|size| *size > 0).unwrap_or(UNKNOWN_SIZE);
-        // Gathers and scatters have a vector of addresses. Those that a mask leaves out are looked at as well, which does no
-        // harm.
-        let elements = match memory.vsib_size() as usize {
-            0 => 1,
-            size => memory.index().size() / size,
-        };
+        let elements = elements(&instruction, memory, registers);
         let offset = bit_offset(&instruction, registers);
         let operand = move |element, write| {
             let value = |register, element, size| registers.value(register, element, size);
             let start = memory.virtual_address(element, value)?.wrapping_add(offset);
             Some(Operand { start, last: start.wrapping_add(size - 1), write })
         };
-        (0..elements).filter_map(move |element| operand(element, write?))
+        let elements = (0..64).filter(move |element| elements & 1 << element != 0);
+        elements.filter_map(move |element| operand(element, write?))
     });
     used.collect()
+}
+
+/// A bit for each element that is accessed: of a gather or scatter those that its mask has, from which the CPU takes each as
+/// soon as it is done.
+fn elements(instruction: &Instruction, memory: &UsedMemory, registers: &Registers) -> u64 {
+    let index_size = match memory.vsib_size() as usize {
+        0 => return 1,
+        size => size,
+    };
+    let size = memory.memory_size().size();
+    let is_register = |number: &u32| instruction.op_kind(*number) == OpKind::Register;
+    let operands =
+        (0..instruction.op_count()).filter(is_register).map(|number| instruction.op_register(number));
+    let mut vectors = operands.filter(|register| register.is_vector_register());
+    let (data, mask) = (vectors.next(), vectors.next());
+    let count = memory.index().size() / index_size;
+    let count = data.map_or(count, |data| count.min(data.size() / size));
+    // AVX2 has the mask in the signs of a vector's elements, AVX-512 in a register for masks.
+    let is_set = |element: usize| match (instruction.op_mask(), mask) {
+        (Register::None, Some(mask)) => {
+            Some(registers.vectors.element(mask.number(), element, size)? >> (8 * size - 1) != 0)
+        }
+        (Register::None, None) => None,
+        (mask, _) => Some(registers.vectors.mask(mask.number())? & 1 << element != 0),
+    };
+    let set = (0..count).filter(|element| is_set(*element).unwrap_or(true));
+    set.fold(0, |all, element| all | 1 << element)
 }
 
 /// How far from its operand in memory BT and its like access, in bytes: a register has a bit's number, from anywhere on.
@@ -189,13 +215,14 @@ fn bit_offset(instruction: &Instruction, registers: &Registers) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use kvm_bindings::kvm_xsave;
 
     /// Registers in 64-bit mode.
     fn registers(general: kvm_regs) -> Registers {
         let mut special = kvm_sregs::default();
         special.cs.l = 1;
         special.gs.base = 0x5_0000;
-        Registers { general, special, vectors: Box::default() }
+        Registers { general, special, vectors: Vectors::of_intel(kvm_xsave::default()) }
     }
 
     fn operands_of(code: &[u8]) -> Vec<(u64, u64, bool)> {
@@ -250,21 +277,25 @@ mod tests {
     }
 
     #[test]
-    fn a_gather_has_an_operand_for_each_element() {
+    fn a_gather_has_an_operand_for_each_element_of_its_mask() {
         let mut registers = registers(kvm_regs { rax: 0x10_0000, ..Default::default() });
-        // xmm1, by its halves: where programs keep it, and KVM (XSAVE's legacy region).
-        let xmm1 = &mut registers.vectors.region[(160 + 16) / 4..][..4];
-        xmm1.copy_from_slice(&[0x1000, -0x2000_i32 as u32, 0, 8]);
+        let mut area = kvm_xsave::default();
+        // xmm1; xmm2, which leaves out the third; k1.
+        area.region[(160 + 16) / 4..][..4].copy_from_slice(&[0x1000, -0x2000_i32 as u32, 0, 8]);
+        area.region[(160 + 32) / 4..][..4].copy_from_slice(&[1 << 31, u32::MAX, i32::MAX as u32, 1 << 31]);
+        area.region[(1088 + 8) / 4] = 0b101;
+        registers.vectors = Vectors::of_intel(area);
         let starts = |code: &[u8]| -> Vec<_> {
             operands(code, &registers).iter().map(|operand| (operand.start, operand.write)).collect()
         };
         // vpgatherdd xmm0, [rax+xmm1*2], xmm2.
         let [minus, plus] = [0x10_0000 - 0x4000, 0x10_0000 + 0x2000];
-        let found = [(plus, false), (minus, false), (0x10_0000, false), (0x10_0010, false)];
+        let found = [(plus, false), (minus, false), (0x10_0010, false)];
         assert_eq!(starts(&[0xc4, 0xe2, 0x69, 0x90, 0x04, 0x48]), found);
         // vpscatterqq [rax+xmm1]{k1}, xmm0.
         let far = 0xffff_e000_0000_1000_u64.wrapping_add(0x10_0000);
-        let scattered = [(far, true), (0x8_0000_0000 + 0x10_0000, true)];
-        assert_eq!(starts(&[0x62, 0xf2, 0xfd, 0x09, 0xa1, 0x04, 0x08]), scattered);
+        assert_eq!(starts(&[0x62, 0xf2, 0xfd, 0x09, 0xa1, 0x04, 0x08]), [(far, true)]);
+        // vpscatterdq [rax+xmm1]{k1}, xmm0, which has two elements.
+        assert_eq!(starts(&[0x62, 0xf2, 0xfd, 0x09, 0xa0, 0x04, 0x08]), [(0x10_1000, true)]);
     }
 }

@@ -165,11 +165,24 @@ impl Player {
         match how % 16 {
             1 => body.truncate(usize::from(take::<u8>(source)) % (body.len() + 1)),
             2 => body.resize(body.len() + usize::from(take::<u8>(source)), 0),
+            4 => {
+                let group = [
+                    choose(source, &[16, 16, 8, 24, u32::MAX]),
+                    choose(source, &[32, 32, 31, 0]),
+                    choose(source, &[1, 1, 0, 2, u32::MAX]),
+                    choose(source, &[0, 1000, u32::MAX]),
+                ];
+                group.iter().for_each(|word| body.extend(word.to_le_bytes()));
+            }
             _ => {}
         }
         let mut message = self.guest.message(code, node, &[&body]);
         message[24..28].copy_from_slice(&choose(source, &[0, 0, 0, 1000, u32::MAX]).to_le_bytes());
         message[28..32].copy_from_slice(&choose(source, &[0, 0, 0, 1000, u32::MAX]).to_le_bytes());
+        if how % 16 == 4 {
+            // How much of it is extensions, in units of 8 bytes.
+            message[36..38].copy_from_slice(&choose(source, &[2_u16, 2, 0, 1, 3, u16::MAX]).to_le_bytes());
+        }
         if how % 16 == 3 {
             message[..4].copy_from_slice(&take::<u32>(source).to_le_bytes());
         }

@@ -49,8 +49,10 @@ impl Identity {
     /// Those of [`of`](Self::of), of setgroups(2) and capset(2).
     pub(super) fn checked(maker: &Maker) -> io::Result<Identity> {
         let mut identity = Identity::default();
-        if maker.group.is_some() {
-            set_groups(maker.group.as_slice())?;
+        // Root needs to be in no group.
+        let group = maker.group.filter(|_| maker.context.uid != 0);
+        if group.is_some() {
+            set_groups(group.as_slice())?;
             identity.in_group = true;
         }
         identity.take_on(&maker.context)?;

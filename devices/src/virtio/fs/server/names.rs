@@ -45,10 +45,13 @@ impl Server {
     }
 
     fn forget_one(&self, context: &Context, node: u64, dax: bool, nlookup: u64) {
-        self.fs.forget(context, node, nlookup);
+        // What is kept of a file goes after its node is unknown, so that nobody keeps it again, and before its descriptor: then
+        // the host may give its number to another file.
+        self.fs.budget.forget(node, nlookup);
         if self.dax.client() == ClientDax::PerFile {
             self.dax.inodes.forget(node, dax, nlookup, || self.fs.budget.knows(node));
         }
+        self.fs.forget_budgeted(context, node, nlookup);
     }
 
     pub(super) fn readlink(&self, request: &mut Request<'_>, reply: &mut Reply<'_>) -> io::Result<u32> {

@@ -176,6 +176,11 @@ impl Files {
 
     pub(super) fn forget(&self, context: &Context, node: u64, count: u64) {
         self.budget.forget(node, count);
+        self.forget_budgeted(context, node, count);
+    }
+
+    /// The rest of it, after the budget's part.
+    pub(super) fn forget_budgeted(&self, context: &Context, node: u64, count: u64) {
         if node < FIRST_NODE {
             self.named.forget(context, node, count);
         } else if count > 0 {

@@ -9,9 +9,9 @@ use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::CHUNK_SIZE;
 
-/// Where windows are in the address space. For what others map the host takes the highest place that is free, or with
-/// `ulimit -s unlimited` the first one above 42 TiB, a third of the address space (arch/x86/kernel/sys_x86_64.c, Linux 6.12): in
-/// neither case one down here, even while a window has a gap.
+/// Where windows are in the address space. For what others map the host takes the highest place that is free below the stack,
+/// or at the most 5/6 of the address space below its end, at 21 TiB; with `vm.legacy_va_layout` the first one above 42 TiB
+/// (arch/x86/mm/mmap.c, Linux 6.12): not one in here, even while a window has a gap.
 const PLACES: Range<u64> = 32 << 40..40 << 40;
 
 /// How many places are tried; each may be taken by another window.
@@ -62,17 +62,16 @@ pub(super) fn replace(address: *mut u8, len: usize, backing: Backing) -> io::Res
 /// Reserves `len` bytes of address space, from a multiple of a chunk's size on, at a random place among [`PLACES`].
 pub(super) fn reserve(len: u64) -> io::Result<*mut u8> {
     let chunks = (PLACES.end - PLACES.start - len) / CHUNK_SIZE;
-    let mut taken = io::Error::from_raw_os_error(libc::EEXIST);
     for _ in 0..TRIES {
         let mut random = [0; 8];
         getrandom(&mut random, GetRandomFlags::empty())?;
         let place = PLACES.start + u64::from_ne_bytes(random) % chunks * CHUNK_SIZE;
         match replace(ptr::without_provenance_mut(place as usize), len as usize, Backing::Gap) {
-            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => taken = error,
+            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => continue,
             result => return result,
         }
     }
-    Err(taken)
+    Err(io::Error::from_raw_os_error(libc::ENOMEM))
 }
 
 /// Gives a window's range back to the process's free address space.
