@@ -25,6 +25,11 @@ const fn cannot(suite: Suite, case: &'static str, reason: &'static str) -> Exclu
     Exclusion { suite, case, policy: None, is_run: true, reason }
 }
 
+/// A case that is run, and fails now and then wherever it is.
+const fn unsteady(case: &'static str, reason: &'static str) -> Exclusion {
+    Exclusion { suite: Suite::StressNg, case, policy: None, is_run: true, reason }
+}
+
 /// A case of two guests that only files in DAX can pass.
 const fn without_dax(case: &'static str) -> Exclusion {
     let reason = "without DAX what is mapped is a copy in the guest";
@@ -50,6 +55,7 @@ const EXCLUSIONS: &[Exclusion] = &[
         "rawdev",
         "reads the block device below the file system, and below FUSE there is none",
     ),
+    unsteady("io-uring", "looks at a file that its other process has removed"),
     cannot(Suite::Pjdfstest, "link::link_count_max", "the C library does not know LINK_MAX of FUSE"),
     without_dax("first/a-mapping-is-shared"),
     without_dax("second/a-mapping-is-shared"),

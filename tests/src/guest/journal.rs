@@ -20,6 +20,11 @@ pub const RECORD: usize = 8192;
 /// Records that a file has room for; the next one takes the place of the oldest.
 pub const SLOTS: u64 = 32;
 
+/// From where [`Way::Copy`] copies a record.
+pub(crate) const COPIED: &str = "copy.from";
+/// What [`Way::Rename`] renames.
+pub(crate) const RENAMED: &str = "rename.new";
+
 /// Journals to keep. For each record that is durable a line `synced PATH NUMBER` is printed.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Journal {
@@ -50,12 +55,17 @@ impl Way {
 
     /// The name of the file that is written so.
     pub fn file_name(self) -> &'static str {
+        self.file_names()[0]
+    }
+
+    /// The names of all files that are written for it: beside that one, a record on its way into it.
+    pub fn file_names(self) -> &'static [&'static str] {
         match self {
-            Way::Write => "write",
-            Way::Map => "map",
-            Way::Direct => "direct",
-            Way::Copy => "copy",
-            Way::Rename => "rename",
+            Way::Write => &["write"],
+            Way::Map => &["map"],
+            Way::Direct => &["direct"],
+            Way::Copy => &["copy", COPIED],
+            Way::Rename => &["rename", RENAMED],
         }
     }
 

@@ -241,7 +241,8 @@ fn kill(
     let found = ensure_durable(dir, &name, &synced)?;
     // What is there is what the journals are made of.
     for tag in TAGS {
-        let known: BTreeSet<_> = ["write", "map", "direct", "rename", "rename.new"].map(str::to_owned).into();
+        let known: BTreeSet<_> =
+            Way::ALL.iter().flat_map(|way| way.file_names()).map(|name| (*name).to_owned()).collect();
         let found = names(&dir.join(tag).join(&name))?;
         ensure!(found.iter().all(|name| known.contains(name)), "{tag} has {found:?}");
         for file in found {

@@ -8,7 +8,7 @@ use rustix::fs::OFlags;
 
 use super::Mapping;
 use super::read::at_once;
-use crate::guest::journal::{RECORD, SLOTS, Way, offset_of, record};
+use crate::guest::journal::{COPIED, RECORD, RENAMED, SLOTS, Way, offset_of, record};
 use crate::guest::{Failure, GuestPath, Journal};
 
 /// What O_DIRECT wants the address of a buffer to be a multiple of, wherever it is used.
@@ -64,11 +64,11 @@ impl Writer {
                 Writer::Direct { file, buffer, start }
             }
             Way::Copy => {
-                let from = options.open(dir.join("copy.from"))?;
+                let from = options.open(dir.join(COPIED))?;
                 Writer::Copy { from, to: options.custom_flags(OFlags::SYNC.bits() as i32).open(&path)? }
             }
             Way::Rename => {
-                let new = dir.join(format!("{}.new", way.file_name()));
+                let new = dir.join(RENAMED);
                 Writer::Rename { path, new, dir: File::open(dir)? }
             }
         })
@@ -116,7 +116,7 @@ impl Writer {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
+    use std::collections::{BTreeMap, BTreeSet};
     use std::path::Path;
     use std::sync::Mutex;
 
@@ -142,6 +142,11 @@ mod tests {
             for way in Way::ALL {
                 assert_eq!(way.check(dir, 70), Ok(70));
             }
+            let found =
+                fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+            let known = Way::ALL.iter().flat_map(|way| way.file_names()).map(|name| (*name).to_owned());
+            let renamed = [RENAMED.to_owned()].into();
+            assert_eq!(&known.collect::<BTreeSet<_>>() - &renamed, found.collect(), "what a kill may leave");
         }
     }
 
