@@ -155,8 +155,8 @@ impl ReportFile {
 /// What comes between a VM that is built and its first thread: what is to be opened is, and all that is not needed any
 /// more is given up.
 fn confine(vm: &mut Vm, plan: &Plan, begin: Instant) -> Result<ReportFile, RunError> {
-    // The server of shares has cleared the umask.
-    let create = |path: &Path| File::options().write(true).create(true).truncate(true).mode(0o644).open(path);
+    let mode = 0o644 & !plan.umask.bits();
+    let create = |path: &Path| File::options().write(true).create(true).truncate(true).mode(mode).open(path);
     let open = |path: &PathBuf| match create(path) {
         Ok(file) => Ok((path.clone(), file)),
         Err(source) => Err(RunError::Report { path: path.clone(), source }),

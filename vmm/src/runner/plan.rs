@@ -11,6 +11,7 @@ use std::time::Duration;
 use devices::virtio::fs::CacheMode;
 use devices::virtio::fs::policy::{Policy, Prefault};
 use devices::virtio::fs::window::default_window_size;
+use rustix::fs::Mode;
 
 use super::kernel::{Kernel, KernelError};
 use super::stdio;
@@ -120,6 +121,8 @@ pub struct Plan {
     pub console: Console,
     /// Where the report goes.
     pub report: Option<PathBuf>,
+    /// The caller's umask, which holds for the report; a device of a share clears that of the process.
+    pub umask: Mode,
     /// Where counters go while the guest runs, and how often.
     pub metrics: Option<(PathBuf, Duration)>,
     /// Where the running VM can be asked.
@@ -200,12 +203,20 @@ pub fn plan(config: &RunConfig) -> Result<Plan, PlanError> {
         boot_timeout: config.boot_timeout.unwrap_or(BOOT_TIMEOUT),
         console: console(config.console.as_deref(), has_command),
         report: config.report.clone(),
+        umask: current_umask(),
         metrics: config
             .metrics_file
             .clone()
             .map(|file| (file, config.metrics_interval.unwrap_or(metrics::DEFAULT_INTERVAL))),
         api_socket: config.api_socket.clone(),
     })
+}
+
+/// The process's umask, which can only be read by changing it.
+fn current_umask() -> Mode {
+    let umask = rustix::process::umask(Mode::empty());
+    rustix::process::umask(umask);
+    umask
 }
 
 fn console(given: Option<&Path>, has_command: bool) -> Console {
