@@ -31,6 +31,9 @@ const KICK_AGAIN: Duration = Duration::from_millis(1);
 const MOST_RETRIES: u32 = 1000;
 const RETRIES_AT_ONCE: u32 = 10;
 
+/// Bytes of a page.
+const PAGE: u64 = 4096;
+
 /// What the guest's memory consists of.
 #[derive(Clone)]
 pub struct Memory {
@@ -111,6 +114,12 @@ impl Vcpu {
     }
 }
 
+/// Stops them all, and waits for them: each is told before any is waited for, as one may wait for what another one's guest keeps
+/// a device busy with.
+pub fn stop(vcpus: Vec<Vcpu>) {
+    vcpus.iter().for_each(|vcpu| vcpu.give(&vcpu.orders.stop));
+}
+
 /// What a clock of clock_gettime(2) says. rustix would ask for its vDSO by a system call that no filter here allows.
 pub(crate) fn time_of(clock: libc::clockid_t) -> Option<Duration> {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
@@ -120,14 +129,12 @@ pub(crate) fn time_of(clock: libc::clockid_t) -> Option<Duration> {
 }
 
 fn run(vcpu: &mut VcpuFd, buses: &Buses, memory: &Memory, orders: &Orders) -> Result<(), Fatal> {
-    let mut retries = 0;
+    let mut retries = Retries::default();
     while !orders.stop.load(Ordering::Acquire) {
         match vcpu.run() {
-            Ok(VcpuExit::MemoryFault { gpa, .. }) => {
-                retry(inspect(vcpu, memory, Some(gpa), true), &mut retries)?
-            }
+            Ok(VcpuExit::MemoryFault { gpa, .. }) => go_on(vcpu, memory, Some(gpa), &mut retries)?,
             Ok(exit) => {
-                retries = 0;
+                retries = Retries::default();
                 buses.handle(exit)?;
             }
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
@@ -138,69 +145,137 @@ fn run(vcpu: &mut VcpuFd, buses: &Buses, memory: &Memory, orders: &Orders) -> Re
                     // it cannot be told, which is what the call's error says.
                     let _ = vcpu.kvmclock_ctrl();
                 }
-                if look {
+                if look && inspect(vcpu, memory, None).found == Found::Repaired {
                     // What it finds besides is the guest's normal work.
-                    let _ = inspect(vcpu, memory, None, false);
+                    tracing::debug!("repaired memory that a vCPU waited for");
                 }
             }
-            Err(error) if error.errno() == libc::EFAULT => {
-                retry(inspect(vcpu, memory, None, true), &mut retries)?
-            }
+            Err(error) if error.errno() == libc::EFAULT => go_on(vcpu, memory, None, &mut retries)?,
             Err(error) => return Err(Fatal::Kvm(format!("KVM_RUN: {error}"))),
         }
     }
     Ok(())
 }
 
+/// After KVM has given up an access: has the memory repaired. Where that cannot be, the guest gets a general protection
+/// fault, so that who accesses what the host does not have harms itself alone.
+fn go_on(vcpu: &VcpuFd, memory: &Memory, address: Option<u64>, retries: &mut Retries) -> Result<(), Fatal> {
+    let inspection = inspect(vcpu, memory, address);
+    if retries.allow(&inspection) {
+        return Ok(());
+    }
+    let why = inspection.describe(&memory.all.memory());
+    match fault::refuse(vcpu) {
+        Ok(true) if !inspection.is_of_lost_ram(memory) => {
+            tracing::warn!("{why}: the guest gets a general protection fault");
+            Ok(())
+        }
+        _ => Err(Fatal::Kvm(why)),
+    }
+}
+
+/// What a vCPU was about to access, and what became of it.
+struct Inspection {
+    stopped: Result<fault::StoppedAt, kvm_ioctls::Error>,
+    found: Found,
+}
+
 /// What became of the memory that a vCPU could not access.
-enum Inspected {
+#[derive(PartialEq, Eq)]
+enum Found {
     /// It was repaired.
     Repaired,
     /// It is in a window, and nothing is wrong with it any more.
-    Fine(String),
-    /// It cannot be accessed; why not.
-    Lost(String),
+    Fine,
+    /// It cannot be accessed; and why not, where a window says so.
+    Lost(Option<String>),
 }
 
-fn retry(inspected: Inspected, retries: &mut u32) -> Result<(), Fatal> {
-    match inspected {
-        Inspected::Repaired => *retries = 0,
-        Inspected::Fine(_) if *retries < MOST_RETRIES => {
-            *retries += 1;
-            if *retries > RETRIES_AT_ONCE {
-                std::thread::sleep(Duration::from_millis(1));
+/// How often a vCPU has tried the same again.
+#[derive(Default)]
+struct Retries {
+    at: Option<fault::StoppedAt>,
+    count: u32,
+}
+
+impl Retries {
+    /// Whether the vCPU may try again, as it may at once after a repair; where there was nothing to repair, this waits.
+    fn allow(&mut self, inspection: &Inspection) -> bool {
+        match inspection.found {
+            Found::Repaired => *self = Retries::default(),
+            Found::Lost(_) => return false,
+            Found::Fine => {
+                let at = inspection.stopped.as_ref().ok();
+                // Programs that touch one page after another, each a moment after another vCPU, do nothing wrong.
+                if self.at.as_ref() != at {
+                    *self = Retries { at: at.cloned(), count: 0 };
+                }
+                if self.count == MOST_RETRIES {
+                    return false;
+                }
+                self.count += 1;
+                if self.count > RETRIES_AT_ONCE {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
             }
         }
-        Inspected::Fine(why) | Inspected::Lost(why) => return Err(Fatal::Kvm(why)),
+        true
     }
-    Ok(())
 }
 
 /// Looks at what a vCPU is about to access, and has the windows repair what the host cannot provide. `address` is what KVM
-/// says of it, if it does; `by_exit` whether KVM has given up, and not that the vCPU was stopped to look.
-fn inspect(vcpu: &VcpuFd, memory: &Memory, address: Option<u64>, by_exit: bool) -> Inspected {
+/// says of it, if it does.
+fn inspect(vcpu: &VcpuFd, memory: &Memory, address: Option<u64>) -> Inspection {
     let mut repairs: Vec<_> =
         address.into_iter().filter_map(|address| memory.windows.repair(address, true)).collect();
-    let all = memory.all.memory();
-    let stopped = fault::stopped_at(vcpu, &all, |access| {
+    let stopped = fault::stopped_at(vcpu, &memory.all.memory(), |access| {
         repairs.extend(memory.windows.repair(access.address, access.write));
     });
-    if repairs.contains(&Repair::Done) {
-        tracing::debug!(by_exit, "repaired memory that a vCPU could not access");
-        return Inspected::Repaired;
-    }
-    let message = || match stopped {
-        Ok(stopped) => describe(&stopped, &all),
-        Err(error) => format!("the host has no memory for what the guest accesses ({error})"),
-    };
-    let impossible = repairs.iter().find_map(|repair| match repair {
+    let is_known = !repairs.is_empty();
+    let impossible = |repair| match repair {
         Repair::Impossible(why) => Some(why),
         _ => None,
-    });
-    match impossible {
-        Some(why) => Inspected::Lost(format!("{}: {why}", message())),
-        None if repairs.is_empty() => Inspected::Lost(message()),
-        None => Inspected::Fine(message()),
+    };
+    let found = match repairs.contains(&Repair::Done) {
+        true => Found::Repaired,
+        false => match repairs.into_iter().find_map(impossible) {
+            None if is_known => Found::Fine,
+            why => Found::Lost(why),
+        },
+    };
+    Inspection { stopped, found }
+}
+
+/// Whether the host cannot provide a page of this process.
+fn is_lost(page: *mut libc::c_void) -> bool {
+    // SAFETY: the call changes nothing but the process's page tables.
+    let populated = unsafe { libc::madvise(page, PAGE as usize, libc::MADV_POPULATE_READ) };
+    // Linux before 5.14 does not know it.
+    populated != 0 && io::Error::last_os_error().raw_os_error() != Some(libc::EINVAL)
+}
+
+impl Inspection {
+    /// Whether the host does not even have the guest's RAM that is accessed: then nothing can be relied on.
+    fn is_of_lost_ram(&self, memory: &Memory) -> bool {
+        let all = memory.all.memory();
+        let accesses = self.stopped.iter().flat_map(|stopped| &stopped.accesses);
+        let mut ram = accesses.filter(|access| memory.windows.repair(access.address, false).is_none());
+        ram.any(|access| {
+            let page = GuestAddress(access.address & !(PAGE - 1));
+            all.get_host_address(page).is_ok_and(|host| is_lost(host.cast()))
+        })
+    }
+
+    /// The same for people.
+    fn describe(&self, memory: &GuestMemoryMmap) -> String {
+        let what = match &self.stopped {
+            Ok(stopped) => describe(stopped, memory),
+            Err(error) => format!("the host has no memory for what the guest accesses ({error})"),
+        };
+        match &self.found {
+            Found::Lost(Some(why)) => format!("{what}: {why}"),
+            _ => what,
+        }
     }
 }
 
@@ -279,6 +354,53 @@ mod tests {
         let vcpu =
             Vcpu::start(0, fd, Buses::default(), memory, move |why| sender.send(why).unwrap()).unwrap();
         Some((vcpu, fatal, ram))
+    }
+
+    #[test]
+    fn who_touches_other_pages_may_try_again_as_often_as_it_likes() {
+        let fine = |address| {
+            let accesses = vec![fault::Access { address, write: false }];
+            let stopped = Ok(fault::StoppedAt { instruction: 0x1000, accesses });
+            Inspection { stopped, found: Found::Fine }
+        };
+        let mut retries = Retries::default();
+        assert!((0..3 * u64::from(MOST_RETRIES)).all(|page| retries.allow(&fine(page << 12))));
+        assert!((0..MOST_RETRIES).all(|_| retries.allow(&fine(0))));
+        assert!(!retries.allow(&fine(0)));
+        assert!(retries.allow(&Inspection { found: Found::Repaired, ..fine(0) }) && retries.allow(&fine(0)));
+        assert!(!retries.allow(&Inspection { found: Found::Lost(None), ..fine(0) }));
+    }
+
+    #[test]
+    fn a_page_that_cannot_be_had_is_lost() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(PAGE).unwrap();
+        let (protection, fd) = (libc::PROT_READ, std::os::fd::AsRawFd::as_raw_fd(&file));
+        // SAFETY: the kernel chooses the place, and nothing there is looked at but by the call that is tried.
+        let pages = unsafe {
+            libc::mmap(std::ptr::null_mut(), 2 * PAGE as usize, protection, libc::MAP_SHARED, fd, 0)
+        };
+        assert_ne!(pages, libc::MAP_FAILED);
+        assert!(!is_lost(pages));
+        assert!(is_lost(pages.wrapping_byte_add(PAGE as usize)), "the file ends before it");
+        // SAFETY: it was mapped above.
+        unsafe { libc::munmap(pages, 2 * PAGE as usize) };
+    }
+
+    #[test]
+    fn a_fault_is_given_once_and_in_protected_mode() {
+        let Ok(kvm) = Kvm::new() else { return skipped!("no /dev/kvm here") };
+        let vm = kvm.create_vm().unwrap();
+        vm.create_irq_chip().unwrap();
+        let vcpu = vm.create_vcpu(0).unwrap();
+        assert_eq!(fault::refuse(&vcpu), Ok(false), "in real mode");
+        let mut special = vcpu.get_sregs().unwrap();
+        special.cr0 |= 1;
+        vcpu.set_sregs(&special).unwrap();
+        assert_eq!(fault::refuse(&vcpu), Ok(true));
+        let exception = vcpu.get_vcpu_events().unwrap().exception;
+        assert_eq!((exception.injected, exception.nr, exception.has_error_code), (1, 13, 1));
+        assert_eq!(fault::refuse(&vcpu), Ok(false), "another one is on its way");
     }
 
     #[test]

@@ -25,7 +25,7 @@ use crate::own_code;
 use crate::patrol::patrol;
 use crate::report::{Report, ShareCounters, Timing};
 use crate::sandbox::{self, Layer, Outputs, SandboxError, SandboxMode};
-use crate::vcpu::{Memory, Vcpu};
+use crate::vcpu::{self, Memory, Vcpu};
 
 /// A machine that is ready to run.
 ///
@@ -213,15 +213,16 @@ impl Vm {
                 .map(|limit| limit.saturating_sub(self.parts.started.elapsed())),
         };
         let (vcpus, windows, stop) = (&self.vcpus, &self.parts.memory.windows, AtomicBool::new(false));
-        thread::scope(|scope| {
+        let outcome = thread::scope(|scope| {
             let builder = thread::Builder::new().name("vcpu-patrol".into());
             let thread = builder.spawn_scoped(scope, || patrol(vcpus, windows, &stop))?;
             let outcome = event_loop::run(wakeups);
             stop.store(true, Ordering::Release);
             thread.thread().unpark();
             outcome
-        })?;
-        self.vcpus.clear();
+        });
+        vcpu::stop(std::mem::take(&mut self.vcpus));
+        outcome?;
         let reason = self.ending.reason().unwrap_or(ExitReason::Stopped(Stop::Request));
         Ok(self.report(self.refine(reason), vmm))
     }

@@ -96,6 +96,27 @@ impl Drop for Io {
     }
 }
 
+/// Does `work`, which must not allocate, in a process of its own. Returns the number of the signal that ended it, 0 if it
+/// ended by itself.
+pub fn signal_of_child(work: impl FnOnce() -> bool) -> Result<u64, Failure> {
+    // SAFETY: the child has this thread alone, and calls nothing that could wait for another one.
+    let child = match unsafe { libc::fork() } {
+        -1 => return Err(std::io::Error::last_os_error().into()),
+        0 => {
+            let is_done = work();
+            // SAFETY: it does not return.
+            unsafe { libc::_exit(i32::from(!is_done)) }
+        }
+        child => child,
+    };
+    let mut status = 0;
+    // SAFETY: `status` lives through the call.
+    match unsafe { libc::waitpid(child, &mut status, 0) } {
+        -1 => Err(std::io::Error::last_os_error().into()),
+        _ => Ok(if libc::WIFSIGNALED(status) { libc::WTERMSIG(status) as u64 } else { 0 }),
+    }
+}
+
 /// Access to I/O ports.
 pub struct Ports(());
 

@@ -5,12 +5,18 @@ use iced_x86::{
     Decoder, DecoderOptions, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register,
     UsedMemory,
 };
-use kvm_bindings::{kvm_regs, kvm_sregs};
+use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::paging;
 use super::vectors::Vectors;
+
+/// Protection enable in CR0.
+const CR0_PE: u64 = 1;
+
+/// The vector of general protection faults (Intel SDM volume 3, 6.15).
+const GENERAL_PROTECTION: u8 = 13;
 
 /// The longest instruction, in bytes.
 const MAX_INSTRUCTION: usize = 15;
@@ -60,7 +66,8 @@ pub fn stopped_at(
             on_access(access);
         }
     };
-    let instruction = registers.special.cs.base.wrapping_add(registers.general.rip);
+    let instruction =
+        registers.linear(registers.base(&registers.special.cs).wrapping_add(registers.general.rip));
     note(instruction, false);
     let code = read_code(instruction, memory, |linear| Some(place(linear)?.address));
     for Operand { start, last, write } in operands(&code, &registers) {
@@ -68,6 +75,28 @@ pub fn stopped_at(
         note(last, write);
     }
     Ok(StoppedAt { instruction, accesses })
+}
+
+/// Has a vCPU take a general protection fault for the instruction at which it stopped, as for an address that is none.
+/// Returns whether it does: it cannot where an event is on its way to it already, or before its protected mode.
+///
+/// # Errors
+/// KVM does not give its registers, or takes none.
+pub fn refuse(vcpu: &VcpuFd) -> Result<bool, kvm_ioctls::Error> {
+    let special = vcpu.get_sregs()?;
+    let mut events = vcpu.get_vcpu_events()?;
+    let is_busy = events.exception.injected
+        | events.exception.pending
+        | events.interrupt.injected
+        | events.nmi.injected;
+    if special.cr0 & CR0_PE == 0 || is_busy != 0 {
+        return Ok(false);
+    }
+    events.exception.injected = 1;
+    events.exception.nr = GENERAL_PROTECTION;
+    events.exception.has_error_code = 1;
+    events.exception.error_code = 0;
+    vcpu.set_vcpu_events(&events).map(|()| true)
 }
 
 /// The bytes of an instruction, which may lie in two pages; fewer where the second cannot be read.
@@ -98,14 +127,29 @@ struct Registers {
 }
 
 impl Registers {
+    fn is_64_bit(&self) -> bool {
+        self.special.cs.l != 0
+    }
+
+    /// The base of a segment other than FS and GS, which the CPU takes for 0 in 64-bit mode whatever was loaded before (Intel
+    /// SDM volume 1, 3.4.4.1).
+    fn base(&self, segment: &kvm_segment) -> u64 {
+        if self.is_64_bit() { 0 } else { segment.base }
+    }
+
+    /// The linear address that comes of a sum, which has 32 bits outside of 64-bit mode.
+    fn linear(&self, address: u64) -> u64 {
+        if self.is_64_bit() { address } else { address as u32 as u64 }
+    }
+
     /// The value of one, or the base of a segment; of a vector an element, by its index and its size in bytes.
     fn value(&self, register: Register, element: usize, size: usize) -> Option<u64> {
         let Registers { general, special, vectors } = self;
         let value = match register {
-            Register::ES => return Some(special.es.base),
-            Register::CS => return Some(special.cs.base),
-            Register::SS => return Some(special.ss.base),
-            Register::DS => return Some(special.ds.base),
+            Register::ES => return Some(self.base(&special.es)),
+            Register::CS => return Some(self.base(&special.cs)),
+            Register::SS => return Some(self.base(&special.ss)),
+            Register::DS => return Some(self.base(&special.ds)),
             Register::FS => return Some(special.fs.base),
             Register::GS => return Some(special.gs.base),
             vector if vector.is_vector_register() => {
@@ -163,7 +207,9 @@ fn operands(code: &[u8], registers: &Registers) -> Vec<Operand> {
         let operand = move |element, write| {
             let value = |register, element, size| registers.value(register, element, size);
             let start = memory.virtual_address(element, value)?.wrapping_add(offset);
-            Some(Operand { start, last: start.wrapping_add(size - 1), write })
+            let [start, last] =
+                [start, start.wrapping_add(size - 1)].map(|address| registers.linear(address));
+            Some(Operand { start, last, write })
         };
         let elements = (0..64).filter(move |element| elements & 1 << element != 0);
         elements.filter_map(move |element| operand(element, write?))
@@ -263,6 +309,22 @@ mod tests {
             "{moved:x?}"
         );
         assert!(operands_of(&[0x0f, 0xae, 0x20]).contains(&(0x1000, 0x1fff, true)));
+    }
+
+    #[test]
+    fn segments_count_where_the_cpu_heeds_them() {
+        let mut registers = registers(kvm_regs { rax: 0x1000, rsp: 0x8000, ..Default::default() });
+        for segment in [&mut registers.special.ds, &mut registers.special.ss] {
+            segment.base = 0xffff_9000;
+        }
+        // mov [rax], edi (or [eax]); push rax (or eax); mov gs:[rax], edi.
+        let starts = |registers: &Registers| {
+            [&[0x89, 0x38][..], &[0x50], &[0x65, 0x89, 0x38]].map(|code| operands(code, registers)[0].start)
+        };
+        // A program may load them with what it has put into its local descriptor table.
+        assert_eq!(starts(&registers), [0x1000, 0x7ff8, 0x5_1000]);
+        (registers.special.cs.l, registers.special.cs.db) = (0, 1);
+        assert_eq!(starts(&registers), [0xffff_a000, 0x0ffc, 0x5_1000]);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 
 use kvm_bindings::{
     KVMIO, kvm_ioeventfd, kvm_irq_routing, kvm_irqfd, kvm_regs, kvm_sregs, kvm_userspace_memory_region,
-    kvm_xsave,
+    kvm_vcpu_events, kvm_xsave,
 };
 use rustix::ioctl::opcode;
 use syscalls::Sysno::{self, *};
@@ -105,6 +105,8 @@ pub(super) static VCPU: Table = Table {
                 &[KVM_RUN, KVM_GET_REGS, KVM_GET_SREGS, KVM_SET_SREGS, KVM_GET_XSAVE, KVM_KVMCLOCK_CTRL],
             ),
         ),
+        // Faults that a guest is to take.
+        Limited(ioctl, When::OneOf(1, &[KVM_GET_VCPU_EVENTS, KVM_SET_VCPU_EVENTS])),
         // BARs that are moved, vectors, doorbells.
         Limited(
             ioctl,
@@ -207,6 +209,8 @@ const KVM_IOEVENTFD: u32 = opcode::write::<kvm_ioeventfd>(KVM, 0x79);
 const KVM_RUN: u32 = opcode::none(KVM, 0x80);
 const KVM_GET_REGS: u32 = opcode::read::<kvm_regs>(KVM, 0x81);
 const KVM_GET_SREGS: u32 = opcode::read::<kvm_sregs>(KVM, 0x83);
+const KVM_GET_VCPU_EVENTS: u32 = opcode::read::<kvm_vcpu_events>(KVM, 0x9f);
+const KVM_SET_VCPU_EVENTS: u32 = opcode::write::<kvm_vcpu_events>(KVM, 0xa0);
 const KVM_GET_XSAVE: u32 = opcode::read::<kvm_xsave>(KVM, 0xa4);
 const KVM_SET_SREGS: u32 = opcode::write::<kvm_sregs>(KVM, 0x84);
 const KVM_KVMCLOCK_CTRL: u32 = opcode::none(KVM, 0xad);

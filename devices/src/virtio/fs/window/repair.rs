@@ -212,27 +212,22 @@ impl Shared {
         }
     }
 
-    /// Gives the guest a page of its own where it writes behind a file's end, or, when it has many, scratch memory to the
-    /// end of the chunk.
+    /// Gives the guest a page of its own where it writes behind a file's end, or, when it has many or the host has no mapping
+    /// left, scratch memory to the end of the chunk.
     fn let_write_behind(&self, state: &mut State, chunk: Range<u64>, page: u64) -> Repair {
         if state.copies.contains(&page) {
             return Repair::Unneeded;
         }
-        let result = match state.copies.len() < MOST_COPIES {
-            true => replace(self.address(page), PAGE as usize, Backing::Blank).map(|_| {
-                state.copies.insert(page);
-            }),
-            false => self.scratch_over(page, chunk.end - page).map(|()| {
-                state.copies.retain(|copy| !(page..chunk.end).contains(copy));
-            }),
-        };
-        match result {
-            Ok(()) => {
-                self.counts.copied();
-                Repair::Done
-            }
-            Err(error) => Repair::Impossible(format!("the window cannot be mapped: {error}")),
+        let is_room = state.copies.len() < MOST_COPIES;
+        if is_room && replace(self.address(page), PAGE as usize, Backing::Blank).is_ok() {
+            state.copies.insert(page);
+        } else if let Err(error) = self.scratch_over(page, chunk.end - page) {
+            return Repair::Impossible(format!("the window cannot be mapped: {error}"));
+        } else {
+            state.copies.retain(|copy| !(page..chunk.end).contains(copy));
         }
+        self.counts.copied();
+        Repair::Done
     }
 
     /// Whether the host has no mappings left for more files (vm.max_map_count), until a quarter of the chunks is free.

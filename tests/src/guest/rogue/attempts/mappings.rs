@@ -7,6 +7,7 @@ use super::{Act, Attempt};
 use crate::guest::data::fill;
 use crate::guest::rogue::device::{Answer, Device};
 use crate::guest::rogue::fuse::{CHUNK, MAP_READ, MAP_WRITE, ROOT, bytes};
+use crate::guest::rogue::io::signal_of_child;
 use crate::guest::rogue::{Expected, Rogue};
 use crate::guest::{Failure, SHARED_BIG};
 
@@ -44,7 +45,7 @@ pub fn attempts() -> Vec<Attempt> {
             Ok(())
         })
     });
-    let more: [(&str, Act); 9] = [
+    let more: [(&str, Act); 10] = [
         ("flags", flags),
         ("over others", over_others),
         ("after the file is forgotten", after_forget),
@@ -52,6 +53,7 @@ pub fn attempts() -> Vec<Attempt> {
         ("REMOVEMAPPING of what is none", remove_nonsense),
         ("REMOVEMAPPING among others", remove_among_others),
         ("stores to a read-only share", store_read_only),
+        ("more stores than there are copies", store_too_often),
         ("replies into a read-only share", reply_into_read_only),
         ("holes", holes),
     ];
@@ -196,6 +198,20 @@ fn store_read_only(rogue: &mut Rogue) -> Result<(), Failure> {
     for offset in [0, 4096, 8192] {
         rogue.read_only.window.write(offset, 8, u64::MAX)?;
     }
+    rogue.read_only.read_file()
+}
+
+/// A page that is stored to becomes a copy of the guest's own, and there are 1,024 of them. A program that wants more is
+/// killed, and nothing else.
+fn store_too_often(rogue: &mut Rogue) -> Result<(), Failure> {
+    let big = rogue.read_only.lookup(ROOT, "big")?;
+    for chunk in 0..4 {
+        must_map(&mut rogue.read_only, big, chunk * CHUNK, chunk * CHUNK, MAP_READ)?;
+    }
+    let window = &rogue.read_only.window;
+    let signal =
+        signal_of_child(|| (0..4 * CHUNK).step_by(4096).all(|offset| window.write(offset, 8, 1).is_ok()))?;
+    rogue.expect_value("the signal that ended the program", libc::SIGSEGV as u64, signal);
     rogue.read_only.read_file()
 }
 
