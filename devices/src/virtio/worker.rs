@@ -131,7 +131,13 @@ impl ActiveQueue {
         &mut self,
         memory: &'m GuestMemoryMmap,
     ) -> Result<Option<DescriptorChain<&'m GuestMemoryMmap>>, ChainError> {
-        Ok(self.queue.iter(memory).map_err(bad_ring)?.next())
+        let chain = self.queue.iter(memory).map_err(bad_ring)?.next();
+        if chain.is_some() || self.available(memory)? == 0 {
+            return Ok(chain);
+        }
+        // It may have come meanwhile; else the ring is where nothing can be read any more.
+        let gone = || ChainError("Bad ring: available entries are in no memory".into());
+        self.queue.iter(memory).map_err(bad_ring)?.next().map(Some).ok_or_else(gone)
     }
 
     /// Puts back the last `count` chains that were taken.

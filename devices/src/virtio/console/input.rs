@@ -69,12 +69,21 @@ impl Input {
     fn batch(&self, queue: &mut ActiveQueue, memory: &GuestMemoryMmap) -> Result<bool, ChainError> {
         let mut room = IoVectors::new();
         let mut chains = Vec::new();
-        while room.count() < MAX_VECTORS
+        // Not those that come meanwhile: a driver could make chains without room as fast as they are given back.
+        let mut available = queue.available(memory)?;
+        while available > 0
+            && room.count() < MAX_VECTORS
             && let Some(chain) = queue.next_chain(memory)?
         {
+            available -= 1;
             let head = chain.head_index();
             match room.push_writable(memory, chain)? {
-                0 => queue.add_used(memory, head, 0)?,
+                0 if chains.is_empty() => queue.add_used(memory, head, 0)?,
+                // In its turn: those before it may have to be put back.
+                0 => {
+                    queue.put_back(1);
+                    break;
+                }
                 len => chains.push((head, len)),
             }
         }

@@ -64,7 +64,10 @@ impl Output {
         }
         let mut data = IoVectors::new();
         self.heads.clear();
-        while data.bytes() < BATCH_BYTES
+        // Not those that come meanwhile: a driver could make empty ones as fast as they are taken.
+        let available = queue.available(memory)?.into();
+        while self.heads.len() < available
+            && data.bytes() < BATCH_BYTES
             && data.count() < MAX_VECTORS
             && let Some(chain) = queue.next_chain(memory)?
         {
