@@ -6,7 +6,9 @@
 //! physical addresses (Linux 6.12, arch/x86/kvm/mmu/mmu.c, kvm_calc_tdp_mmu_root_page_role): hence the CPUID.
 
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, Weak};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use devices::virtio::device::NestedPaging;
 use kvm_bindings::{CpuId, KVM_CAP_PRE_FAULT_MEMORY, KVMIO, kvm_pre_fault_memory};
@@ -18,6 +20,10 @@ ioctl_iowr_nr!(KVM_PRE_FAULT_MEMORY, KVMIO, 0xd5, kvm_pre_fault_memory);
 
 /// Write protection in CR0, which has no effect on a vCPU that does not run.
 const CR0_WP: u64 = 1 << 16;
+
+/// How long a window waits for the vCPU, several times what a chunk takes that is in memory: another window may have it read
+/// from a slow disk, and the guest's faults do without.
+const PATIENCE: Duration = Duration::from_millis(2);
 
 /// The vCPU.
 pub struct PrefaultVcpu(Mutex<VcpuFd>);
@@ -62,12 +68,25 @@ impl PrefaultVcpu {
 
     fn prefault(&self, gpa: u64, size: u64) -> io::Result<u64> {
         let mut range = kvm_pre_fault_memory { gpa, size, ..Default::default() };
-        let vcpu = self.lock();
+        let vcpu = self.soon()?;
         // SAFETY: the structure is the one that the ioctl takes and writes to, and lives through the call. The guest gets
         // nothing to access that it could not access before.
         match unsafe { ioctl_with_mut_ref(&*vcpu, KVM_PRE_FAULT_MEMORY(), &mut range) } {
             0 => Ok(size - range.size.min(size)),
             _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    /// The vCPU, unless somebody needs it for long.
+    fn soon(&self) -> io::Result<MutexGuard<'_, VcpuFd>> {
+        let begin = Instant::now();
+        loop {
+            match self.0.try_lock() {
+                Ok(vcpu) => return Ok(vcpu),
+                Err(TryLockError::Poisoned(vcpu)) => return Ok(vcpu.into_inner()),
+                Err(TryLockError::WouldBlock) if begin.elapsed() < PATIENCE => thread::yield_now(),
+                Err(TryLockError::WouldBlock) => return Err(io::ErrorKind::WouldBlock.into()),
+            }
         }
     }
 
@@ -122,6 +141,9 @@ mod tests {
             vcpu.while_idle(|| drop(slot));
             assert_eq!(errno(0), Some(libc::ENOENT));
         }
+        let busy = vcpu.lock();
+        assert_eq!(paging.prefault(0, 4096).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        drop(busy);
         drop(vcpu);
         assert_eq!(errno(0), Some(libc::ENOENT), "the VM has ended");
     }

@@ -191,8 +191,9 @@ impl CommonConfig {
         let configurable = status & status::FEATURES_OK != 0 && status & status::DRIVER_OK == 0;
         let vector = self.known_vector(value as u16);
         let Some(setup) = self.queues.get_mut(usize::from(self.queue_select)) else { return };
-        // Linux gives queues their vectors in the same state as their rings.
-        if !configurable || setup.queue.ready() {
+        // Linux gives queues their vectors in the same state as their rings, NetBSD when they are enabled.
+        let is_vector = (offset, length) == (26, 2);
+        if !configurable || (setup.queue.ready() && !is_vector) {
             return;
         }
         let queue = &mut setup.queue;
@@ -336,8 +337,9 @@ mod tests {
         config.write(24, &8_u16.to_le_bytes());
         config.write(32, &0x1000_u32.to_le_bytes());
         config.write(36, &1_u32.to_le_bytes());
-        config.write(26, &2_u16.to_le_bytes());
         config.write(28, &1_u16.to_le_bytes());
+        config.write(24, &4_u16.to_le_bytes());
+        config.write(26, &2_u16.to_le_bytes());
         set_status(&mut config, 15);
         for (offset, value) in [(24, 16), (26, 1), (28, 0)] {
             config.write(offset, &u16::to_le_bytes(value));
