@@ -212,6 +212,55 @@ fn files_that_come_and_go() {
 }
 
 #[test]
+fn a_guest_that_opens_as_many_files_as_it_can_gets_enfile_and_costs_little() {
+    alone("more_files_than_there_may_be", &[("COUNT", "4000")]);
+}
+
+#[test]
+#[ignore = "run by the test above; by itself a million files and descriptors, or COUNT"]
+fn more_files_than_there_may_be() {
+    /// What the server may remember of a file that is known and open, in bytes.
+    const PER_FILE_OPEN: u64 = 1024;
+    let count = count(1_000_000);
+    let limit = libc::rlimit { rlim_cur: count, rlim_max: count };
+    // SAFETY: the structure lives through the call.
+    assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) }, 0);
+    let descriptors = divide(count, &[0, 0]);
+    let mut modest = guest_with_files(descriptors, 100);
+    let mut greedy =
+        FakeGuest::on(TempDir::new_in("/dev/shm").unwrap(), |config| config.descriptors = descriptors);
+    greedy.init(PER_FILE).unwrap();
+    let before = resident();
+    let (mut open, mut refused) = (Vec::new(), 0);
+    for number in 0..count {
+        match greedy.create(ROOT, &format!("file {number}"), libc::O_RDWR) {
+            Ok((entry, file)) => open.push((entry.nodeid, file.fh)),
+            Err(errno) => {
+                assert_eq!(errno, libc::ENFILE);
+                refused += 1;
+            }
+        }
+    }
+    let grown = resident().saturating_sub(before);
+    println!("{count} files: {} open, {refused} refused; {} KiB, in all", open.len(), grown >> 10);
+    assert_eq!(open.len() as u64, descriptors / 2, "each is known and open");
+    assert_eq!(refused, count - descriptors / 2);
+    assert!(grown < (4 << 20) + PER_FILE_OPEN * open.len() as u64, "{grown} bytes");
+    // The other share has all of its own.
+    for file in 0..100 {
+        let entry = modest.lookup(ROOT, &file.to_string()).unwrap();
+        modest.open(entry.nodeid, libc::O_RDONLY).unwrap();
+    }
+    assert!(greedy.getattr(ROOT, None).is_ok());
+    for (node, handle) in open {
+        greedy.release(node, handle).unwrap();
+        greedy.forget(node, 1);
+    }
+    assert_eq!(greedy.device.server.descriptors_used(), 0);
+    greedy.create(ROOT, "room again", libc::O_RDWR).unwrap();
+}
+
+#[test]
 fn memory_is_flat_over_mounts() {
     alone("mounts", &[("COUNT", "300")]);
 }

@@ -9,6 +9,8 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
 use std::ptr;
 
+use proptest::prelude::*;
+
 use super::*;
 
 const CHUNK: usize = CHUNK_SIZE as usize;
@@ -283,6 +285,36 @@ fn ranges_outside_or_unaligned_are_refused() {
     window.map(last, 0, CHUNK_SIZE, false, file.as_fd()).unwrap();
     assert_eq!(peek(&window, last), [1, 1]);
     assert_eq!(window.counters().mapped_chunks, 1);
+}
+
+/// Numbers that guests could think of: near the ends of all that is a limit to something, in bytes or whole chunks.
+fn odd_number() -> impl Strategy<Value = u64> {
+    let limits = [0, CHUNK_SIZE, SIZE, i64::MAX as u64, 1 << 63, u64::MAX - CHUNK_SIZE + 1, u64::MAX];
+    let near =
+        (prop::sample::select(limits.to_vec()), -3i64..4, prop::sample::select(vec![1, CHUNK_SIZE as i64]))
+            .prop_map(|(limit, steps, step)| limit.wrapping_add_signed(steps * step));
+    prop_oneof![3 => near, 1 => (0..=CHUNKS).prop_map(|chunks| chunks * CHUNK_SIZE), 1 => any::<u64>()]
+}
+
+proptest! {
+    #[test]
+    fn a_range_is_taken_if_it_is_whole_chunks_of_window_and_file(
+        (moffset, foffset, len) in (odd_number(), odd_number(), odd_number())
+    ) {
+        let window = DaxWindow::new(SIZE).unwrap();
+        let is_whole = |value: u64| value % CHUNK_SIZE == 0;
+        // By numbers that no sum of these can overflow.
+        let end = |start: u64| u128::from(start) + u128::from(len);
+        let in_window = len > 0 && is_whole(moffset) && is_whole(len) && end(moffset) <= SIZE.into();
+        let in_file = is_whole(foffset) && end(foffset) <= i64::MAX as u128;
+        let file = file(1, 1);
+        let mapped = window.map(moffset, foffset, len, false, file.as_fd());
+        prop_assert_eq!(mapped.is_ok(), in_window && in_file);
+        let chunks = if mapped.is_ok() { len / CHUNK_SIZE } else { 0 };
+        prop_assert_eq!(window.counters().mapped_chunks, chunks);
+        prop_assert_eq!(window.unmap(moffset, len).is_ok(), in_window);
+        prop_assert_eq!(window.counters().mapped_chunks, 0);
+    }
 }
 
 #[test]
