@@ -152,6 +152,9 @@ read-only = true
     let (again, err, status) =
         daxvm(Path::new("/"), &["run", "--dry-run", "--config", here.join("again.toml").to_str().unwrap()]);
     assert_eq!((again, &*err, status), (out, "", 0));
+    let (out, _, status) = daxvm(&here, &[&arguments[..], &["--sandbox=off"]].concat());
+    let (_, sandbox) = out.split_once("\n# Sandbox").unwrap();
+    assert!(status == 0 && sandbox.contains("off") && !sandbox.contains("seccomp"), "{sandbox}");
 }
 
 #[test]

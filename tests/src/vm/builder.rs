@@ -67,6 +67,7 @@ pub struct VmBuilder {
     shares: Vec<Share>,
     more: Vec<OsString>,
     under: Vec<OsString>,
+    user: Option<u32>,
     report: Option<PathBuf>,
     deadline: Duration,
 }
@@ -82,6 +83,7 @@ impl VmBuilder {
             shares: Vec::new(),
             more: Vec::new(),
             under: Vec::new(),
+            user: None,
             report: None,
             deadline: DEADLINE,
         }
@@ -121,6 +123,12 @@ impl VmBuilder {
     /// daxvm (exec), and not stay beside it.
     pub fn under(mut self, words: &[impl AsRef<OsStr>]) -> VmBuilder {
         self.under = words.iter().map(|word| word.as_ref().to_owned()).collect();
+        self
+    }
+
+    /// Has a user and a group of this number run it, who may do nothing else.
+    pub fn user(mut self, user: u32) -> VmBuilder {
+        self.user = Some(user);
         self
     }
 
@@ -165,7 +173,7 @@ impl VmBuilder {
             command.arg("--share").arg(&share.0);
         }
         command.args(&self.more);
-        Vm::spawn(command, self.report.as_deref(), self.deadline.mul_f64(scale))
+        Vm::spawn(command, self.user, self.report.as_deref(), self.deadline.mul_f64(scale))
     }
 }
 

@@ -2,8 +2,9 @@
 
 use std::collections::HashMap;
 use std::env;
-use std::fs;
+use std::fs::{self, Permissions};
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
@@ -80,6 +81,9 @@ impl Kernel {
         let bytes = self.build_initrd().map_err(VmError::Initramfs)?;
         let file = NamedTempFile::new_in(scratch()).map_err(VmError::system("a temporary file"))?;
         fs::write(file.path(), bytes).map_err(VmError::system("writing the initramfs"))?;
+        // Ordinary users boot it, too.
+        fs::set_permissions(file.path(), Permissions::from_mode(0o644))
+            .map_err(VmError::system("the initramfs's mode"))?;
         Ok(made.entry(key).or_insert(file).path().to_owned())
     }
 

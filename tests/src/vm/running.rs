@@ -2,6 +2,8 @@
 
 use std::fmt;
 use std::fs;
+use std::os::unix::fs::chown;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
@@ -48,10 +50,15 @@ impl Vm {
 
     pub(super) fn spawn(
         mut command: Command,
+        user: Option<u32>,
         report: Option<&Path>,
         deadline: Duration,
     ) -> Result<Vm, VmError> {
         let files = TempDir::new_in(scratch()).map_err(VmError::system("a temporary directory"))?;
+        if let Some(user) = user {
+            chown(files.path(), Some(user), Some(user)).map_err(VmError::system("a directory's owner"))?;
+            command.uid(user).gid(user);
+        }
         command.arg("--report").arg(report.map_or_else(|| files.path().join("report.json"), Path::to_owned));
         Vm::start(command, deadline, files)
     }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::error::Error;
 use std::fs::{self, File, FileTimes, Permissions};
 use std::io::{self, Read};
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt, symlink};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt, lchown, symlink};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -19,12 +19,20 @@ use crate::harness::{Outcome, Places, ensure, ensure_content, ensure_ended, ensu
 /// The least number of attempts that are made.
 const ATTEMPTS: usize = 60;
 
+/// An ordinary user of the host.
+const USER: u32 = 1000;
+
 /// Files from this size on are compared once, at the end; until then their times must do.
 const LARGE: u64 = 1 << 20;
 
 /// The checks that boot a machine of their own.
 pub fn trials(places: &Result<Places, String>, kernel: &'static str, trials: &mut Vec<Trial>) {
-    trials.push(own_trial(kernel, "hostile/a-driver-of-the-guests-own", places, own_driver));
+    trials.push(own_trial(kernel, "hostile/a-driver-of-the-guests-own", places, |kernel, places| {
+        own_driver(kernel, places, None)
+    }));
+    trials.push(own_trial(kernel, "hostile/under-an-ordinary-user", places, |kernel, places| {
+        own_driver(kernel, places, Some(USER))
+    }));
 }
 
 /// Two shares beside a secret.
@@ -35,7 +43,8 @@ struct Yard {
 }
 
 impl Yard {
-    fn new(outer: PathBuf) -> Result<Yard, Box<dyn Error>> {
+    /// All of it belongs to `user`, if there is one: permissions do not keep that user from the secret.
+    fn new(outer: PathBuf, user: Option<u32>) -> Result<Yard, Box<dyn Error>> {
         match fs::remove_dir_all(&outer) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
             _ => fs::create_dir_all(outer.join("other"))?,
@@ -52,8 +61,16 @@ impl Yard {
             fill_share(&outer, &outer.join(share))?;
         }
         for program in PROGRAMS {
+            fs::write(outer.join("writable").join(program), "a program that runs as another user")?;
+        }
+        if let Some(user) = user {
+            for path in paths(&outer)?.iter().chain([&outer]) {
+                lchown(path, Some(user), Some(user))?;
+            }
+        }
+        for program in PROGRAMS {
             let path = outer.join("writable").join(program);
-            fs::write(&path, "a program that runs as another user")?;
+            // After the change of the owner, which takes the bits.
             fs::set_permissions(&path, Permissions::from_mode(0o6755))?;
         }
         let outside = list(&outer)?;
@@ -96,23 +113,24 @@ fn fill_share(outer: &Path, share: &Path) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
+/// All that is below a directory.
+fn paths(directory: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(directory)? {
+        let path = entry?.path();
+        if path.symlink_metadata()?.is_dir() {
+            found.extend(paths(&path)?);
+        }
+        found.push(path);
+    }
+    Ok(found)
+}
+
 /// All that is not in the writable share, with all that one could change of it.
 fn list(outer: &Path) -> io::Result<BTreeMap<PathBuf, String>> {
-    let mut list = BTreeMap::new();
-    let mut directories = vec![outer.to_owned()];
-    while let Some(directory) = directories.pop() {
-        for entry in fs::read_dir(directory)? {
-            let path = entry?.path();
-            if path == outer.join("writable") {
-                continue;
-            }
-            if path.symlink_metadata()?.is_dir() {
-                directories.push(path.clone());
-            }
-            list.insert(path.clone(), describe(&path)?);
-        }
-    }
-    Ok(list)
+    let writable = outer.join("writable");
+    let outside = paths(outer)?.into_iter().filter(|path| !path.starts_with(&writable));
+    outside.map(|path| describe(&path).map(|text| (path, text))).collect()
 }
 
 fn describe(path: &Path) -> io::Result<String> {
@@ -152,10 +170,17 @@ fn digest(content: &[u8]) -> u64 {
         .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3))
 }
 
-fn own_driver(kernel: &Kernel, places: &Places) -> Outcome {
-    let mut yard = Yard::new(places.dir("ext4").join("hostile"))?;
+fn own_driver(kernel: &Kernel, places: &Places, user: Option<u32>) -> Outcome {
+    let mut yard = Yard::new(places.dir("ext4").join("hostile"), user)?;
     let share = |name: &str| Share::new(name, yard.outer.join(name)).window("32M").dax("always");
-    let mut vm = Vm::builder(kernel)
+    let builder = match user {
+        Some(user) => {
+            fs::set_permissions("/dev/kvm", Permissions::from_mode(0o666))?;
+            Vm::builder(kernel).user(user)
+        }
+        None => Vm::builder(kernel),
+    };
+    let mut vm = builder
         // Else the kernel lets nobody write to configuration space by memory.
         .cmdline_extra("iomem=relaxed")
         .share(share("writable"))

@@ -6,11 +6,13 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::Mode;
 use serde_json::Value;
 use tempfile::TempDir;
 use tests::vm::{CommandRun, Kernel, Report, scratch};
 
 use crate::harness::{Outcome, ensure, ensure_eq};
+use crate::host_file_systems::Disk;
 use crate::runner::{RunnerCheck, ensure_end};
 
 /// An ordinary user.
@@ -98,7 +100,10 @@ fn status(task: &Path, key: &str) -> Result<String, Box<dyn Error>> {
 fn every_thread(kernel: &Kernel) -> Outcome {
     let directory = shared()?;
     let outputs = TempDir::new_in(scratch())?;
-    let script = "cat file; dd if=/dev/hwrng of=/dev/null bs=16 count=1 2>/dev/null; echo ready; read line";
+    let later = directory.path().join("mounted-later");
+    fs::create_dir(&later)?;
+    let script = "\
+        cat file; dd if=/dev/hwrng of=/dev/null bs=16 count=1 2>/dev/null; echo ready; read line || ls mounted-later; exit 1";
     let mut running = in_share(kernel, directory.path(), script)
         .option("--api-socket")
         .option(outputs.path().join("api"))
@@ -141,8 +146,19 @@ fn every_thread(kernel: &Kernel) -> Outcome {
     );
     let own: Vec<_> = fs::read_dir(proc.join("root/proc"))?.collect::<Result<_, _>>()?;
     ensure_eq!(own.len(), 2, "self and sys in /proc: {own:?}");
+    // The host's later mounts are the host's.
+    Disk::run(&["mount", "-t", "tmpfs", "none", later.to_str().ok_or("a path that is no text")?])?;
+    let made = fs::write(later.join("of the host"), "");
     drop(running.child.stdin.take());
-    let ended = running.wait()?;
+    let ended = running.wait();
+    Disk::run(&["umount", later.to_str().ok_or("a path that is no text")?])?;
+    made?;
+    let ended = ended?;
+    ensure_eq!(
+        String::from_utf8_lossy(&ended.stdout),
+        "",
+        "what is in a directory on which the host has mounted"
+    );
     ensure!(
         ended.status == Some(1) && ended.report.reason == "exited",
         "{:?} {}",
@@ -161,23 +177,37 @@ fn ordinary_user(kernel: &Kernel) -> Outcome {
     for of_user in [directory.path().to_owned(), path("file")] {
         chown(of_user, Some(USER), Some(USER))?;
     }
+    fs::write(path("private"), "root's")?;
+    fs::set_permissions(path("private"), fs::Permissions::from_mode(0o600))?;
+    fs::create_dir(path("theirs"))?;
     fs::set_permissions("/dev/kvm", fs::Permissions::from_mode(0o666))?;
     let script = "\
         cat file; echo more >>file; mkdir a; echo new >a/new; mv a/new moved; ln -s nowhere symlink; cp moved copy; \
-        truncate -s 5M large; rm copy; if chown 7 moved 2>/dev/null; then echo chown; fi; \
-        if cat /etc/shadow 2>/dev/null; then echo shadow; fi; echo end";
+        truncate -s 5M large; rm copy; fails() { if \"$@\" 2>errors; then echo it works; else sed 's/.*: //' errors; fi; }; \
+        fails chown 7 moved; fails mknod device c 1 3; fails cat private; fails touch theirs/new; fails cat /etc/shadow; \
+        chmod 777 .; chroot --userspec=11:12 / sh -c 'echo >/mnt/of-another'; echo end";
+    let mut report = PathBuf::new();
     let mut running = in_share(kernel, directory.path(), script).start_with(|command| {
-        let report = command.get_args().skip_while(|argument| *argument != "--report").nth(1);
-        let files = report.and_then(|report| Path::new(report).parent()).map(Path::to_owned);
+        let argument = command.get_args().skip_while(|argument| *argument != "--report").nth(1);
+        report = argument.map(PathBuf::from).unwrap_or_default();
         // Where it cannot write, daxvm says so itself.
-        files.map(|files| chown(files, Some(USER), Some(USER)));
+        let _ = report.parent().map(|files| chown(files, Some(USER), Some(USER)));
         command.uid(USER).gid(USER).current_dir("/");
+        let private = || {
+            rustix::process::umask(Mode::RWXG | Mode::RWXO);
+            Ok(())
+        };
+        // SAFETY: umask(2) may be called between fork(2) and execve(2).
+        unsafe { command.pre_exec(private) };
     })?;
     drop(running.child.stdin.take());
     let ended = running.wait()?;
+    ensure_eq!(report.metadata()?.mode() & 0o777, 0o600, "who may read the report");
     ensure_end(&ended, 0, "exited")?;
-    ensure_eq!(String::from_utf8_lossy(&ended.stdout), "from the host\nend\n");
-    for name in ["a", "moved", "large"] {
+    let (not_permitted, denied) = ("Operation not permitted\n", "Permission denied\n");
+    let expected_output = ["from the host\n", not_permitted, not_permitted, denied, denied, denied, "end\n"];
+    ensure_eq!(String::from_utf8_lossy(&ended.stdout), expected_output.concat());
+    for name in ["a", "moved", "large", "of-another"] {
         let found = path(name).metadata()?;
         ensure_eq!((found.uid(), found.gid()), (USER, USER), "whose {name} is");
     }

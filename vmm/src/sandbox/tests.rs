@@ -221,6 +221,9 @@ fn root_keeps_the_shares_and_what_they_need() {
         rustix::fs::fchown(&others, Some(rustix::fs::Uid::from_raw(7)), None).unwrap();
         rustix::fs::chmodat(&rw, "file", Mode::empty(), AtFlags::empty()).unwrap();
         open_at(&rw, "file", OFlags::RDWR).unwrap();
+        let trusted =
+            rustix::fs::fsetxattr(&others, "trusted.daxvm", b"value", rustix::fs::XattrFlags::empty());
+        assert!(matches!(trusted, Err(Errno::PERM | Errno::OPNOTSUPP)), "{trusted:?}");
         if before.contains(CapabilitySet::SYS_ADMIN) {
             assert!(layers.iter().all(|layer| layer.applied), "{layers:#?}");
             assert_eq!(open_at(&rw, "../secret", OFlags::RDONLY).unwrap_err(), Errno::NOENT);
