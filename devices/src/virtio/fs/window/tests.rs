@@ -302,7 +302,7 @@ proptest! {
         (moffset, foffset, len) in (odd_number(), odd_number(), odd_number())
     ) {
         let window = DaxWindow::new(SIZE).unwrap();
-        let is_whole = |value: u64| value % CHUNK_SIZE == 0;
+        let is_whole = |value: u64| value.is_multiple_of(CHUNK_SIZE);
         // By numbers that no sum of these can overflow.
         let end = |start: u64| u128::from(start) + u128::from(len);
         let in_window = len > 0 && is_whole(moffset) && is_whole(len) && end(moffset) <= SIZE.into();
