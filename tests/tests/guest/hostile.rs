@@ -22,6 +22,14 @@ const ATTEMPTS: usize = 60;
 /// An ordinary user of the host.
 const USER: u32 = 1000;
 
+/// What is answered otherwise where daxvm is not root: it can make no device.
+const WITHOUT_ROOT: [&str; 4] = [
+    "kinds/own-character: MKNOD: Errno(1), not Done",
+    "kinds/own-character: Lookup of 0x1: Errno(2)",
+    "kinds/own-block: MKNOD: Errno(1), not Done",
+    "kinds/own-block: Lookup of 0x1: Errno(2)",
+];
+
 /// Files from this size on are compared once, at the end; until then their times must do.
 const LARGE: u64 = 1 << 20;
 
@@ -38,6 +46,8 @@ pub fn trials(places: &Result<Places, String>, kernel: &'static str, trials: &mu
 /// Two shares beside a secret.
 struct Yard {
     outer: PathBuf,
+    /// Whether it belongs to an ordinary user, who has no mount that keeps the times of reads as they are.
+    is_of_user: bool,
     /// What is not in the writable share, as it has to stay.
     outside: BTreeMap<PathBuf, String>,
 }
@@ -73,13 +83,22 @@ impl Yard {
             // After the change of the owner, which takes the bits.
             fs::set_permissions(&path, Permissions::from_mode(0o6755))?;
         }
-        let outside = list(&outer)?;
-        Ok(Yard { outer, outside })
+        let mut yard = Yard { outer, is_of_user: user.is_some(), outside: BTreeMap::new() };
+        yard.outside = yard.list()?;
+        Ok(yard)
+    }
+
+    /// All that is not in the writable share, with all that one could change of it.
+    fn list(&self) -> io::Result<BTreeMap<PathBuf, String>> {
+        let [writable, read_only] = ["writable", "read-only"].map(|share| self.outer.join(share));
+        let outside = paths(&self.outer)?.into_iter().filter(|path| !path.starts_with(&writable));
+        let may_be_read = |path: &Path| self.is_of_user && path.starts_with(&read_only);
+        outside.map(|path| describe(&path, !may_be_read(&path)).map(|text| (path, text))).collect()
     }
 
     /// What has changed since the last call.
     fn changes(&mut self) -> io::Result<Vec<String>> {
-        let now = list(&self.outer)?;
+        let now = self.list()?;
         let before = std::mem::replace(&mut self.outside, now);
         let paths = before.keys().chain(self.outside.keys().filter(|path| !before.contains_key(*path)));
         let changed = paths.filter(|path| before.get(*path) != self.outside.get(*path));
@@ -126,18 +145,12 @@ fn paths(directory: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// All that is not in the writable share, with all that one could change of it.
-fn list(outer: &Path) -> io::Result<BTreeMap<PathBuf, String>> {
-    let writable = outer.join("writable");
-    let outside = paths(outer)?.into_iter().filter(|path| !path.starts_with(&writable));
-    outside.map(|path| describe(&path).map(|text| (path, text))).collect()
-}
-
-fn describe(path: &Path) -> io::Result<String> {
+/// All of a file that could change; `with_reads` also when it was read last.
+fn describe(path: &Path, with_reads: bool) -> io::Result<String> {
     let stat = path.symlink_metadata()?;
     let (mut content, mut names, mut accessed) = (Vec::new(), [0; 256], None);
     if stat.is_file() {
-        accessed = Some((stat.atime(), stat.atime_nsec()));
+        accessed = with_reads.then(|| (stat.atime(), stat.atime_nsec()));
         let mut file = File::options().read(true).custom_flags(libc::O_NOATIME).open(path)?;
         if stat.len() < LARGE {
             file.read_to_end(&mut content)?;
@@ -218,6 +231,12 @@ fn own_driver(kernel: &Kernel, places: &Places, user: Option<u32>) -> Outcome {
         }
     }
     println!("{} attempts, {answers} answers", names.len());
+    if user.is_some() {
+        for expected in WITHOUT_ROOT {
+            let position = wrong.iter().position(|line| line == expected);
+            wrong.remove(position.ok_or(format!("an ordinary user's guest was not answered {expected}"))?);
+        }
+    }
     ensure!(wrong.is_empty(), "{} of {answers} answers:\n{}", wrong.len(), wrong.join("\n"));
     let still_held = vm.host().holdings(&yard.outer)?.descriptor_count();
     ensure!(still_held <= held, "daxvm has {still_held} descriptors open, and had {held}");
