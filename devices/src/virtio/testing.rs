@@ -171,12 +171,6 @@ impl FakeDriver {
         self.rings[queue].avail()
     }
 
-    /// Where its used ring is.
-    #[cfg(test)]
-    pub fn used_ring(&self, queue: usize) -> u64 {
-        self.rings[queue].used_ring()
-    }
-
     /// Rings for what was made available.
     pub fn ring(&self, queue: usize) {
         self.rings[queue].doorbell.write(1).unwrap();
