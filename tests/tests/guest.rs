@@ -64,6 +64,8 @@ mod sandbox;
 mod seen;
 #[path = "guest/terminal.rs"]
 mod terminal;
+#[path = "guest/trapped.rs"]
+mod trapped;
 #[path = "guest/tree.rs"]
 mod tree;
 

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::panic::{self, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -170,11 +171,12 @@ impl Vm {
     }
 
     /// Takes from the calling thread, and from all that it starts from now on, what the guest does not need, as far as the
-    /// machine allows; of the file system it leaves the shares and `outputs`. `sandbox.rs` lists the layers, and so does
+    /// machine allows; of the file system it leaves the shares and `outputs`. `sandbox/mod.rs` lists the layers, and so does
     /// the report. Nothing happens if the configuration says [`SandboxMode::Off`].
     ///
     /// There should be no other threads: each of them keeps what it has, and can be made to do what this one no longer
-    /// can. The process does not get anything back when the VM has ended.
+    /// can. The process does not get anything back when the VM has ended. Its panic hook is replaced by one that prints no
+    /// backtrace, which would be a forbidden system call.
     ///
     /// # Errors
     /// A layer fails that the machine has.
@@ -212,14 +214,21 @@ impl Vm {
                 .timeout
                 .map(|limit| limit.saturating_sub(self.parts.started.elapsed())),
         };
-        let (vcpus, windows, stop) = (&self.vcpus, &self.parts.memory.windows, AtomicBool::new(false));
+        let (vcpus, windows, stop) = (&self.vcpus, &self.parts.memory.windows, &AtomicBool::new(false));
+        // A caller need not have a panic hook that ends the guest and says more.
+        let panicked = || self.ending.end(ExitReason::Crash("a thread of the VMM panicked".into()));
         let outcome = thread::scope(|scope| {
             let builder = thread::Builder::new().name("vcpu-patrol".into());
-            let thread = builder.spawn_scoped(scope, || patrol(vcpus, windows, &stop))?;
-            let outcome = event_loop::run(wakeups);
+            let patrol = || patrol(vcpus, windows, stop);
+            let patrol = move || panic::catch_unwind(AssertUnwindSafe(patrol)).unwrap_or_else(|_| panicked());
+            let thread = builder.spawn_scoped(scope, patrol)?;
+            let outcome = panic::catch_unwind(AssertUnwindSafe(|| event_loop::run(wakeups)));
             stop.store(true, Ordering::Release);
             thread.thread().unpark();
-            outcome
+            outcome.unwrap_or_else(|_| {
+                panicked();
+                Ok(())
+            })
         });
         vcpu::stop(std::mem::take(&mut self.vcpus));
         outcome?;

@@ -40,6 +40,26 @@ impl HostProcess {
         self.proc.file_name().and_then(|name| name.to_str()?.parse().ok()).unwrap_or(0)
     }
 
+    pub(super) fn proc(&self) -> &Path {
+        &self.proc
+    }
+
+    /// The id of the thread of this name.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn thread(&self, name: &str) -> Result<i32, VmError> {
+        let what = || format!("a thread {name} of daxvm");
+        let tasks = fs::read_dir(self.proc.join("task")).map_err(VmError::system(what()))?;
+        let is_it =
+            |task: &Path| fs::read_to_string(task.join("comm")).is_ok_and(|found| found.trim_end() == name);
+        let task = tasks.map_while(Result::ok).map(|task| task.path()).find(|task| is_it(task));
+        let id = task.and_then(|task| task.file_name()?.to_str()?.parse().ok());
+        id.ok_or_else(|| {
+            VmError::system(what())(io::Error::other(format!("it has only\n{}", self.threads())))
+        })
+    }
+
     /// A value of /proc/PID/status that is given in KiB: `VmRSS`, `RssAnon`, ...
     pub fn status_kib(&self, key: &str) -> Result<u64, VmError> {
         let status = self.read("status")?;

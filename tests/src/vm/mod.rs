@@ -28,6 +28,7 @@ mod host;
 mod kernel;
 mod report;
 mod running;
+mod trap;
 
 pub use builder::{Share, VmBuilder, daxvm};
 pub use command::{CommandEnded, CommandRun, RunningCommand};
@@ -36,3 +37,4 @@ pub use host::{Holdings, HostProcess};
 pub use kernel::{Kernel, beside, guest_init, in_target, scratch};
 pub use report::{DaxCounts, Report, WindowCounts};
 pub use running::{Ended, Vm};
+pub use trap::{Misdeed, PANIC_MESSAGE, Trap};

@@ -12,7 +12,7 @@ use tests::guest::data::Content;
 use tests::vm::{CommandEnded, CommandRun, Kernel, scratch};
 
 use crate::harness::{Outcome, Places, ensure, ensure_eq, own_trial};
-use crate::{runner_disks, runner_ends, runner_jobs, runner_terminal, sandbox, seen};
+use crate::{runner_disks, runner_ends, runner_jobs, runner_terminal, sandbox, seen, trapped};
 
 /// A check that runs commands with one kernel.
 pub type RunnerCheck = fn(&Kernel) -> Outcome;
@@ -40,6 +40,7 @@ pub fn trials(places: &Result<Places, String>, kernel: &'static str, trials: &mu
         checks.extend(runner_ends::checks());
         checks.extend(seen::checks());
         checks.extend(sandbox::checks());
+        checks.extend(trapped::checks());
         checks.extend(runner_terminal::checks());
         checks.extend(runner_jobs::checks());
         checks.extend(runner_disks::checks());

@@ -78,7 +78,7 @@ fn in_own_process(test: &str, user: Option<u32>, inside: impl FnOnce(Place)) -> 
     let directory = Place::make();
     let mut command = Command::new(env::current_exe().unwrap());
     command.args(["--exact", "--nocapture", "--test-threads=1", &format!("sandbox::tests::{test}")]);
-    command.env(DIRECTORY, directory.path()).env("RUST_BACKTRACE", "0").current_dir("/");
+    command.env(DIRECTORY, directory.path()).env("RUST_BACKTRACE", "full").current_dir("/");
     if let Some(user) = user {
         let walk = walkdir::WalkDir::new(directory.path());
         walk.into_iter().for_each(|entry| chown_link(entry.unwrap().path(), user));

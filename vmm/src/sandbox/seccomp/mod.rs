@@ -14,8 +14,10 @@ mod violation;
 use std::collections::{BTreeMap, BTreeSet};
 use std::env::consts::ARCH;
 use std::error::Error;
-use std::io;
+use std::io::{self, Write};
+use std::panic::{self, PanicHookInfo};
 use std::sync::OnceLock;
+use std::thread;
 
 use devices::virtio::thread::ThreadKind;
 use seccompiler::{
@@ -145,11 +147,20 @@ fn install() -> Result<(), Box<dyn Error + Send + Sync>> {
     }
     let process = compile(&process_tables())?;
     violation::report()?;
+    panic::set_hook(Box::new(say_panic));
     apply_filter(&old_clone()?)?;
     apply_filter(&process)?;
     // A second VM of the process has the same filters.
     let _ = FILTERS.set(filters);
     Ok(())
+}
+
+/// Says of a panic what the standard library does, but for a backtrace (`RUST_BACKTRACE`): for that the program would have to be
+/// looked for and read, and the panic end as a forbidden system call.
+fn say_panic(info: &PanicHookInfo<'_>) {
+    let thread = thread::current();
+    // Without standard error there is nobody to tell.
+    let _ = writeln!(io::stderr(), "\nthread '{}' {info}", thread.name().unwrap_or("<unnamed>"));
 }
 
 /// A filter that allows what the tables say.
