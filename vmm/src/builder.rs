@@ -112,7 +112,7 @@ pub(crate) fn build(config: ValidConfig, wiring: Wiring) -> Result<Vm, BuildErro
     let slots = Slots::new(Arc::clone(&vm));
     let ram = GuestRam::new(config.memory)?;
     let memory = ram.describe()?;
-    let cpuid = cpuid::supported(&kvm).map_err(|e| BuildError::Kvm("tell its CPUID", e))?;
+    let cpuid = cpuid::supported(&kvm, config.nested).map_err(|e| BuildError::Kvm("tell its CPUID", e))?;
     let mmio_64 = layout::mmio_64(config.memory, cpuid::address_bits(&cpuid));
 
     let ending = Ending::new().map_err(BuildError::EventFd)?;

@@ -29,11 +29,26 @@ pub fn trials(places: &Result<Places, String>, kernel: &'static str, trials: &mu
         ("cpus-8", cpus_8),
         ("cpus-32", cpus_32),
         ("default-window", default_window),
+        ("guests-of-its-own", nested),
         ("device-is-taken-away-with-mappings-live", unbind_with_mappings_live),
     ];
     for &(name, check) in checks {
         trials.push(own_trial(kernel, &format!("machine/{name}"), places, check));
     }
+}
+
+/// Only a guest that is to have them has the instructions for guests of its own.
+fn nested(kernel: &Kernel, _: &Places) -> Outcome {
+    for (options, expected) in [(&[] as &[&str], false), (&["--nested"], true)] {
+        let builder = options.iter().fold(Vm::builder(kernel), |builder, option| builder.argument(*option));
+        let mut vm = builder.boot()?;
+        let info = vm.read_text("/proc/cpuinfo")?;
+        let flags = info.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
+        let has = flags.split_whitespace().any(|flag| ["svm", "vmx"].contains(&flag));
+        ensure_eq!(has, expected, "svm or vmx with {options:?}: {flags}");
+        ensure_ended(&vm.power_off()?, 0, "power-off")?;
+    }
+    Ok(())
 }
 
 fn power_off(kernel: &Kernel, _: &Places) -> Outcome {

@@ -194,6 +194,7 @@ pub(crate) mod testing {
             shares,
             disks: Vec::new(),
             rng: false,
+            nested: false,
             ..VmConfig::default()
         };
         let handles = devices.iter().map(FileSystemDevice::counters).collect();

@@ -93,6 +93,9 @@ impl Display for Machine<'_> {
         if config.rng {
             writeln!(f, "#   virtio-rng")?;
         }
+        if config.nested {
+            writeln!(f, "#   VMX or SVM for guests of its own, if the host's KVM can nest")?;
+        }
         Ok(())
     }
 }

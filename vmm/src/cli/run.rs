@@ -57,6 +57,12 @@ pub struct RunArgs {
         help_heading = "Machine"
     )]
     rng: Option<bool>,
+    /// Let the guest have guests of its own (VMX, SVM), where the host's KVM can nest
+    #[arg(
+        long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
+        help_heading = "Machine"
+    )]
+    nested: Option<bool>,
     /// The root directory of a guest with a command, by default the host's `/`. Changes vanish (`overlay`, the default),
     /// are refused (`ro`) or go to the host (`rw`). dax=POLICY, window=SIZE and prefault=PAGES as for
     /// --share
@@ -161,6 +167,7 @@ impl RunArgs {
             shares: self.shares,
             disks: self.disks,
             rng: self.rng,
+            nested: self.nested,
             large_windows: self.large_windows,
             env: self.env,
             directory: self.directory,

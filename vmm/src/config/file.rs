@@ -141,6 +141,7 @@ cpus = 2
 memory = "1G"
 rw = ["target"]
 rng = false
+nested = true
 large-windows = true
 chdir = "/work"
 timeout = "5m"
@@ -201,6 +202,7 @@ read-only = true
             }],
             disks: vec![DiskConfig { path: "/etc/vm/disk.img".into(), read_only: true }],
             rng: Some(false),
+            nested: Some(true),
             large_windows: Some(true),
             env: vec![("HOME".into(), None), ("RUST_LOG".into(), Some("debug".into()))],
             directory: Some("/work".into()),

@@ -76,6 +76,9 @@ pub struct VmConfig {
     /// Whether the guest has a virtio-rng device.
     #[serde(default)]
     pub rng: bool,
+    /// Whether the guest has VMX or SVM, where the host's KVM can nest: it can have guests of its own then.
+    #[serde(default)]
+    pub nested: bool,
     /// Whether DAX windows may take more than an eighth of the guest's RAM for page descriptors.
     #[serde(default)]
     pub large_windows: bool,
@@ -100,6 +103,7 @@ impl Default for VmConfig {
             shares: Vec::new(),
             disks: Vec::new(),
             rng: false,
+            nested: false,
             large_windows: false,
             timeout: None,
             sandbox: SandboxMode::Off,

@@ -40,6 +40,9 @@ pub struct RunConfig {
     pub rw: Vec<PathBuf>,
     /// Whether the guest has a virtio-rng device; it has by default.
     pub rng: Option<bool>,
+    /// Whether the guest can have guests of its own (VMX, SVM), where the host's KVM can nest; it cannot by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub nested: Option<bool>,
     /// Whether DAX windows may take more than an eighth of the guest's RAM for page descriptors.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub large_windows: Option<bool>,
@@ -142,6 +145,7 @@ impl RunConfig {
             shares: self.shares.into_iter().chain(over.shares).collect(),
             disks: self.disks.into_iter().chain(over.disks).collect(),
             rng: over.rng.or(self.rng),
+            nested: over.nested.or(self.nested),
             large_windows: over.large_windows.or(self.large_windows),
             env,
             directory: over.directory.or(self.directory),

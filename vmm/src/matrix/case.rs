@@ -49,6 +49,8 @@ pub struct Case {
     pub disks: Vec<String>,
     /// As `--rng` takes it.
     pub rng: Option<bool>,
+    /// As `--nested` takes it.
+    pub nested: Option<bool>,
     /// As `--chdir` takes it.
     pub directory: Option<String>,
     /// How long an attempt may take.
@@ -105,6 +107,9 @@ impl Case {
         }
         if let Some(rng) = self.rng {
             option("--rng", &rng.to_string());
+        }
+        if let Some(nested) = self.nested {
+            option("--nested", &nested.to_string());
         }
         for (name, value) in &self.env {
             match value {

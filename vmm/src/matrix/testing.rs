@@ -22,6 +22,7 @@ pub(super) fn case(name: &str) -> Case {
         shares: Vec::new(),
         disks: Vec::new(),
         rng: None,
+        nested: None,
         directory: None,
         timeout: DEFAULT_TIMEOUT,
         boot_timeout: None,

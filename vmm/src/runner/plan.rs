@@ -169,6 +169,7 @@ pub fn plan(config: &RunConfig) -> Result<Plan, PlanError> {
         shares: config.shares.clone(),
         disks: config.disks.clone(),
         rng: config.rng.unwrap_or(true),
+        nested: config.nested.unwrap_or(false),
         large_windows: config.large_windows.unwrap_or(false),
         timeout: config.timeout,
         sandbox: config.sandbox.unwrap_or(SandboxMode::On),

@@ -4,18 +4,26 @@ use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES
 use kvm_ioctls::{Cap, Kvm};
 
 /// Bits of leaf 1, ECX.
+const VMX: u32 = 1 << 5;
 const TSC_DEADLINE_TIMER: u32 = 1 << 24;
 const HYPERVISOR: u32 = 1 << 31;
+/// Bit of leaf 0x8000_0001, ECX.
+const SVM: u32 = 1 << 2;
+/// The leaf that describes SVM.
+const SVM_FEATURES: u32 = 0x8000_000a;
 /// Levels of leaf 0xb.
 const LEVEL_THREAD: u32 = 1 << 8;
 const LEVEL_CORE: u32 = 2 << 8;
 
-/// What every vCPU of the VM reports.
+/// What every vCPU of the VM reports; whether it has VMX or SVM is `nested`'s to say, if the host's KVM can nest.
 ///
 /// # Errors
 /// KVM cannot tell what it supports.
-pub fn supported(kvm: &Kvm) -> Result<CpuId, kvm_ioctls::Error> {
+pub fn supported(kvm: &Kvm, nested: bool) -> Result<CpuId, kvm_ioctls::Error> {
     let mut cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
+    if !nested {
+        hide_virtualization(cpuid.as_mut_slice());
+    }
     for leaf in cpuid.as_mut_slice().iter_mut().filter(|leaf| leaf.function == 1) {
         leaf.ecx |= HYPERVISOR;
         // KVM emulates it whatever the host has, but leaves it to us to say so (api.rst, KVM_CAP_TSC_DEADLINE_TIMER).
@@ -24,6 +32,18 @@ pub fn supported(kvm: &Kvm) -> Result<CpuId, kvm_ioctls::Error> {
         }
     }
     Ok(cpuid)
+}
+
+/// Takes VMX and SVM away. KVM goes by these bits where a guest uses their instructions, registers and MSRs.
+fn hide_virtualization(leaves: &mut [kvm_cpuid_entry2]) {
+    for leaf in leaves {
+        match leaf.function {
+            1 => leaf.ecx &= !VMX,
+            0x8000_0001 => leaf.ecx &= !SVM,
+            SVM_FEATURES => (leaf.eax, leaf.ebx, leaf.ecx, leaf.edx) = (0, 0, 0, 0),
+            _ => {}
+        }
+    }
 }
 
 /// Physical address bits of the guest.
@@ -106,6 +126,17 @@ mod tests {
         assert_eq!((leaf(0xb, 1).eax, leaf(0xb, 1).ebx, leaf(0xb, 1).edx), (3, 6, 5));
         assert_eq!(leaf(0x8000_0008, 0).ecx & 0xf0ff, 3 << 12 | 5);
         assert!(guest.as_slice().iter().all(|l| l.function != 0x1f));
+    }
+
+    #[test]
+    fn virtualization_is_hidden_and_nothing_else() {
+        let mut leaves = [entry(1, 0), entry(0x8000_0001, 0), entry(SVM_FEATURES, 0), entry(7, 0)];
+        hide_virtualization(&mut leaves);
+        assert_eq!([leaves[0].ecx, leaves[1].ecx].map(|ecx| !ecx), [1 << 5, 1 << 2]);
+        assert_eq!(
+            (leaves[0].edx, leaves[1].edx, leaves[2].edx, leaves[3].ecx),
+            (u32::MAX, u32::MAX, 0, u32::MAX)
+        );
     }
 
     #[test]

@@ -246,6 +246,7 @@ fn case(
         shares: settings.shares.clone(),
         disks: settings.disks.clone(),
         rng: settings.rng,
+        nested: settings.nested,
         directory: settings.directory.clone(),
         timeout: settings.timeout.unwrap_or(crate::matrix::DEFAULT_TIMEOUT),
         boot_timeout: settings.boot_timeout,

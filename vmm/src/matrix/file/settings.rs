@@ -13,7 +13,7 @@ use crate::layout::HUGE_PAGE;
 use crate::matrix::{Expected, Flaky};
 
 /// The keys of [`Settings`]: those of `daxvm run`'s options that a test can have, and those that are about testing.
-pub(super) const KEYS: [&str; 19] = [
+pub(super) const KEYS: [&str; 20] = [
     "cpus",
     "memory",
     "env",
@@ -25,6 +25,7 @@ pub(super) const KEYS: [&str; 19] = [
     "share",
     "disk",
     "rng",
+    "nested",
     "chdir",
     "timeout",
     "boot-timeout",
@@ -62,6 +63,7 @@ pub(super) struct Settings {
     pub(super) shares: Vec<String>,
     pub(super) disks: Vec<String>,
     pub(super) rng: Option<bool>,
+    pub(super) nested: Option<bool>,
     pub(super) directory: Option<String>,
     pub(super) timeout: Option<Duration>,
     pub(super) boot_timeout: Option<Duration>,
@@ -91,6 +93,7 @@ impl Settings {
             shares: reader.list(table, "share", "a string such as \"tag=src,path=.\", or a list", text),
             disks: reader.list(table, "disk", "a string such as \"disk.img,ro\", or a list", text),
             rng: reader.value(table, "rng", "true or false", boolean),
+            nested: reader.value(table, "nested", "true or false", boolean),
             directory: reader.value(table, "chdir", "a directory", text),
             timeout: reader.value(table, "timeout", "a time such as \"90s\"", duration),
             boot_timeout: reader.value(table, "boot-timeout", "a time such as \"20s\"", duration),
@@ -129,6 +132,7 @@ impl Settings {
             shares: both(&self.shares, &above.shares),
             disks: both(&self.disks, &above.disks),
             rng: above.rng.or(self.rng),
+            nested: above.nested.or(self.nested),
             directory: option(&above.directory, &self.directory),
             timeout: above.timeout.or(self.timeout),
             boot_timeout: above.boot_timeout.or(self.boot_timeout),

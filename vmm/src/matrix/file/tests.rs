@@ -103,6 +103,7 @@ kernel = "k*"
 command = "c"
 expect = ["panic", 3]
 rng = false
+nested = true
 "#;
     let matrix = parse(text).unwrap();
     assert_eq!((matrix.jobs, matrix.memory_budget), (Some(3), Some(2 << 30)));
@@ -120,6 +121,7 @@ rng = false
         "--share=tag=a,path=.",
         "--share=tag=b,path=/b,ro",
         "--rng=false",
+        "--nested=true",
         "--timeout=90s",
         "--boot-timeout=1500ms",
         "--",
