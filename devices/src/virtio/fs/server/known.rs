@@ -6,6 +6,7 @@ use std::io;
 use fuse_backend_rs::abi::fuse_abi::CreateIn;
 use fuse_backend_rs::api::filesystem::{Context, Entry, FileSystem};
 
+use super::Server;
 use super::identity::{Identity, Maker};
 use super::message::errno;
 use super::unnamed::Files;
@@ -21,6 +22,59 @@ const MAKING: u32 = (libc::O_CREAT | libc::O_EXCL) as u32;
 
 fn is_exclusive(ask: &CreateIn) -> bool {
     ask.flags & libc::O_EXCL as u32 != 0
+}
+
+impl Server {
+    /// Makes a file, or opens the one that is there. Returns its handle, too, and whether it is new.
+    pub(super) fn create_or_open(
+        &self,
+        maker: &Maker,
+        parent: u64,
+        name: &CStr,
+        ask: CreateIn,
+    ) -> io::Result<(Entry, Option<u64>, bool)> {
+        for _ in 0..ATTEMPTS {
+            match self.fs.create_new(maker, parent, name, ask) {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists && !is_exclusive(&ask) => {}
+                made => return made.map(|(entry, handle)| (entry, handle, true)),
+            }
+            match self.open_existing(&maker.context, parent, name, ask) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                opened => return opened.map(|(entry, handle)| (entry, handle, false)),
+            }
+        }
+        Err(errno(libc::EAGAIN))
+    }
+
+    /// Opens a file that is there already, as far as the user may: what O_TRUNC takes, nobody gives back.
+    fn open_existing(
+        &self,
+        context: &Context,
+        parent: u64,
+        name: &CStr,
+        ask: CreateIn,
+    ) -> io::Result<(Entry, Option<u64>)> {
+        let mut entry = self.fs.lookup(context, parent, name)?;
+        let (node, flags) = (entry.inode, ask.flags & !MAKING);
+        let open = || {
+            let _user = Identity::of(context)?;
+            self.fs.open(&ROOT, node, flags, ask.fuse_flags)
+        };
+        let opened = if flags & libc::O_TRUNC as u32 == 0 {
+            open()
+        } else {
+            self.resize(context, node, open).and_then(|handle| {
+                // The client believes the reply: of the size, and of the set-id bits that truncating has taken.
+                (entry.attr, _) = self.fs.getattr(context, node, None).inspect_err(|_| {
+                    let close = |handle| self.fs.release(context, node, flags, handle);
+                    drop(handle.map(close));
+                })?;
+                Ok(handle)
+            })
+        };
+        let handle = opened.inspect_err(|_| self.fs.forget(context, node, 1))?;
+        Ok((entry, handle))
+    }
 }
 
 /// The names and arguments are the library's.
@@ -76,27 +130,6 @@ impl Files {
         self.give_out(context, self.named.link(context, node, parent, name)?)
     }
 
-    /// Returns the handle, too, and whether the file is new.
-    pub(super) fn create(
-        &self,
-        maker: &Maker,
-        parent: u64,
-        name: &CStr,
-        ask: CreateIn,
-    ) -> io::Result<(Entry, Option<u64>, bool)> {
-        for _ in 0..ATTEMPTS {
-            match self.create_new(maker, parent, name, ask) {
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists && !is_exclusive(&ask) => {}
-                made => return made.map(|(entry, handle)| (entry, handle, true)),
-            }
-            match self.create_over(&maker.context, parent, name, ask) {
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                opened => return opened.map(|(entry, handle)| (entry, handle, false)),
-            }
-        }
-        Err(errno(libc::EAGAIN))
-    }
-
     /// Makes a file that is not there.
     fn create_new(
         &self,
@@ -125,23 +158,6 @@ impl Files {
             return Err(error);
         }
         self.note_synchronous(handle, ask.flags);
-        Ok((entry, handle))
-    }
-
-    /// Opens a file that is there already, as far as the user may: what O_TRUNC takes, nobody gives back.
-    fn create_over(
-        &self,
-        context: &Context,
-        parent: u64,
-        name: &CStr,
-        ask: CreateIn,
-    ) -> io::Result<(Entry, Option<u64>)> {
-        let entry = self.lookup(context, parent, name)?;
-        let opened = {
-            let user = Identity::of(context);
-            user.and_then(|_user| self.open(&ROOT, entry.inode, ask.flags & !MAKING, ask.fuse_flags))
-        };
-        let handle = opened.inspect_err(|_| self.forget(context, entry.inode, 1))?;
         Ok((entry, handle))
     }
 

@@ -46,7 +46,7 @@ impl Server {
         let (maker, parent) = (self.maker(request)?, request.header.nodeid);
         let context = &maker.context;
         let inherits = self.passes_hint_on(context, parent);
-        let (entry, handle, is_new) = self.fs.create(&maker, parent, name, ask)?;
+        let (entry, handle, is_new) = self.create_or_open(&maker, parent, name, ask)?;
         if inherits && is_new {
             self.inherit(context, entry.inode);
         }

@@ -5,13 +5,15 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, PermissionsExt};
 
 use fuse_backend_rs::abi::fuse_abi::{
-    CopyFileRangeIn, GetxattrIn, SetattrIn, WRITE_CACHE, WRITE_KILL_PRIV, WriteIn,
+    CopyFileRangeIn, CreateIn, EntryOut, FOPEN_IN_KILL_SUIDGID, GetxattrIn, SetattrIn, WRITE_CACHE,
+    WRITE_KILL_PRIV, WriteIn,
 };
 use vm_memory::ByteValued;
 
-use crate::virtio::fs::abi::opcode;
+use crate::virtio::fs::abi::{init, opcode};
 use crate::virtio::fs::policy::Policy;
 use crate::virtio::fs::testing::{FakeGuest, PER_FILE, READ, ROOT, WRITE, directory_with_flags, nul};
+use crate::virtio::fs::window::CHUNK_SIZE;
 
 #[test]
 fn a_file_is_created_written_read_and_removed() {
@@ -38,6 +40,42 @@ fn a_file_is_created_written_read_and_removed() {
     guest.unlink(ROOT, "file").unwrap();
     assert_eq!(guest.lookup(ROOT, "file").unwrap_err(), libc::ENOENT);
     assert!(!guest.path("file").exists());
+}
+
+/// The client knows of no file of this name, and the host has one meanwhile.
+#[test]
+fn what_create_truncates_is_told_as_it_is_then() {
+    let mut guest = FakeGuest::new(Policy::Always);
+    guest.init(PER_FILE | init::HANDLE_KILLPRIV_V2).unwrap();
+    let path = guest.path("file");
+    std::fs::write(&path, vec![1; 100_000]).unwrap();
+    std::fs::set_permissions(&path, PermissionsExt::from_mode(0o6755)).unwrap();
+    let (flags, fuse_flags) = ((libc::O_CREAT | libc::O_RDWR) as u32, FOPEN_IN_KILL_SUIDGID);
+    let ask = CreateIn { flags, mode: 0o644, umask: 0o22, fuse_flags };
+    let mut create = |flags: i32| {
+        let ask = CreateIn { flags: ask.flags | flags as u32, ..ask };
+        let reply = guest.call(opcode::CREATE, ROOT, &[ask.as_slice(), &nul("file")]).unwrap();
+        EntryOut::from_slice(&reply[..size_of::<EntryOut>()]).unwrap().attr
+    };
+    let kept = create(0);
+    assert_eq!((kept.size, kept.mode & 0o7777), (100_000, 0o6755));
+    let truncated = create(libc::O_TRUNC);
+    assert_eq!((truncated.size, truncated.mode & 0o7777), (0, 0o755));
+    assert_eq!(path.metadata().unwrap().len(), 0);
+}
+
+/// The client itself truncates, and so what it had mapped is not lost to it.
+#[test]
+fn what_create_truncates_is_no_loss() {
+    let mut guest = FakeGuest::mounted(Policy::Always);
+    guest.host_file("file", 2);
+    let file = guest.lookup(ROOT, "file").unwrap().nodeid;
+    guest.setupmapping(file, CHUNK_SIZE, 0, READ | WRITE).unwrap();
+    let (entry, open) = guest.create(ROOT, "file", libc::O_RDWR | libc::O_TRUNC).unwrap();
+    assert_eq!((entry.nodeid, entry.attr.size), (file, 0));
+    assert_eq!(guest.write(file, open.fh, CHUNK_SIZE, b"new"), Ok(3));
+    assert_eq!(guest.window(0), *b"ne");
+    assert_eq!(guest.counters().window.unwrap().lost_files, 0);
 }
 
 #[test]
