@@ -188,7 +188,7 @@ impl Server {
         if copied < 0 {
             return Err(io::Error::last_os_error());
         }
-        if self.fs.is_synchronous(ask.fh_out) {
+        if self.fs.is_synchronous(target, ask.fh_out) {
             to.sync_data()?;
         }
         self.tell_growth(&context, target);

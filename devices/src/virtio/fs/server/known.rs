@@ -157,7 +157,7 @@ impl Files {
             self.forget(context, node, 1);
             return Err(error);
         }
-        self.note_synchronous(handle, ask.flags);
+        self.note_synchronous(context, node, handle, ask.flags);
         Ok((entry, handle))
     }
 

@@ -44,7 +44,7 @@ pub(super) struct Files {
     /// Counts what the guest knows and has open, directories included.
     pub(super) budget: Arc<Budget>,
     unnamed: RwLock<HashMap<u64, Arc<Unnamed>>>,
-    /// Handles of which each write is to be stable (O_SYNC, O_DSYNC); the library does not tell.
+    /// The library's handles of which each write is to be stable (O_SYNC, O_DSYNC); it does not tell.
     synchronous: RwLock<HashSet<u64>>,
     /// Counts node ids and handles; neither is ever given out twice.
     last: AtomicU64,
@@ -67,6 +67,14 @@ impl Unnamed {
     fn insert(&self, handle: u64, file: File) {
         let mut handles = self.handles.lock().unwrap_or_else(PoisonError::into_inner);
         handles.insert(handle, Arc::new(Mutex::new(file)));
+    }
+
+    /// Whether writes by this handle are to be stable: the descriptor says so.
+    fn is_synchronous(&self, handle: u64) -> bool {
+        let Ok(file) = self.handle(handle) else { return false };
+        let flags = rustix::fs::fcntl_getfl(&*file.lock().unwrap_or_else(PoisonError::into_inner));
+        // O_SYNC has the bit of O_DSYNC; rustix takes both for O_SYNC.
+        flags.is_ok_and(|flags| flags.bits() & libc::O_DSYNC as u32 != 0)
     }
 
     /// Lets go of all that is open of it; returns how many that were.
@@ -168,7 +176,6 @@ impl Files {
             return Err(error);
         }
         self.unnamed.write().unwrap_or_else(PoisonError::into_inner).insert(node, Arc::new(unnamed));
-        self.note_synchronous(Some(handle), ask.flags);
         let (attr_timeout, entry_timeout) = (self.timeout, self.timeout);
         let entry = Entry { inode: node, generation: 0, attr, attr_flags: 0, attr_timeout, entry_timeout };
         Ok((entry, handle))
@@ -263,40 +270,55 @@ impl Files {
     ) -> io::Result<Option<u64>> {
         self.budget.take()?;
         let opened = match self.unnamed(node) {
-            None => self.named.open(context, node, flags, fuse_flags).map(|(handle, ..)| handle),
+            None => self.named.open(context, node, flags, fuse_flags).map(|(handle, ..)| {
+                self.note_synchronous(context, node, handle, flags);
+                handle
+            }),
             Some(unnamed) => unnamed.open(flags as i32, fuse_flags).map(|file| {
                 let handle = self.last.fetch_add(1, Relaxed) + 1;
                 unnamed.insert(handle, file);
                 Some(handle)
             }),
         };
-        let handle = opened.inspect_err(|_| self.budget.give_back())?;
-        self.note_synchronous(handle, flags);
-        Ok(handle)
+        opened.inspect_err(|_| self.budget.give_back())
     }
 
-    pub(super) fn note_synchronous(&self, handle: Option<u64>, flags: u32) {
+    /// Notes a handle that the library has given out, if its writes are to be stable.
+    pub(super) fn note_synchronous(&self, context: &Context, node: u64, handle: Option<u64>, flags: u32) {
         // O_SYNC has the bit of O_DSYNC.
         if let Some(handle) = handle.filter(|_| flags & libc::O_DSYNC as u32 != 0) {
             self.synchronous.write().unwrap_or_else(PoisonError::into_inner).insert(handle);
+            // A client that has guessed it may have closed it already, by another queue, when there was nothing to take back.
+            if self.named.getattr(context, node, Some(handle)).is_err() {
+                self.forget_synchronous(handle);
+            }
+        }
+    }
+
+    fn forget_synchronous(&self, handle: u64) {
+        if self.synchronous.read().unwrap_or_else(PoisonError::into_inner).contains(&handle) {
+            self.synchronous.write().unwrap_or_else(PoisonError::into_inner).remove(&handle);
         }
     }
 
     /// Whether what is written by way of this handle is to be stable when the reply comes.
-    pub(super) fn is_synchronous(&self, handle: u64) -> bool {
-        self.synchronous.read().unwrap_or_else(PoisonError::into_inner).contains(&handle)
+    pub(super) fn is_synchronous(&self, node: u64, handle: u64) -> bool {
+        match self.unnamed(node) {
+            None => self.synchronous.read().unwrap_or_else(PoisonError::into_inner).contains(&handle),
+            Some(unnamed) => unnamed.is_synchronous(handle),
+        }
     }
 
     pub(super) fn release(&self, context: &Context, node: u64, flags: u32, handle: u64) -> io::Result<()> {
         match self.unnamed(node) {
-            None => self.named.release(context, node, flags, handle, false, false, None)?,
+            None => {
+                self.named.release(context, node, flags, handle, false, false, None)?;
+                self.forget_synchronous(handle);
+            }
             Some(unnamed) => {
                 let mut handles = unnamed.handles.lock().unwrap_or_else(PoisonError::into_inner);
                 handles.remove(&handle).ok_or_else(|| errno(libc::EBADF))?;
             }
-        }
-        if self.is_synchronous(handle) {
-            self.synchronous.write().unwrap_or_else(PoisonError::into_inner).remove(&handle);
         }
         self.budget.give_back();
         Ok(())
@@ -490,4 +512,49 @@ fn stat(file: &File) -> io::Result<libc::stat64> {
     }
     // SAFETY: the call has succeeded and so has filled it in.
     Ok(unsafe { stat.assume_init() })
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::ByteValued;
+
+    use super::*;
+    use crate::virtio::fs::abi::opcode;
+    use crate::virtio::fs::inodes::host_node;
+    use crate::virtio::fs::policy::Policy;
+    use crate::virtio::fs::testing::{FakeGuest, ROOT, nul};
+
+    #[test]
+    fn no_handle_is_remembered_longer_than_it_is_open() {
+        let mut guest = FakeGuest::mounted(Policy::Never);
+        let server = Arc::clone(&guest.device.server);
+        let files = &server.fs;
+        let remembered = || files.synchronous.read().unwrap().len();
+        let stable = libc::O_RDWR | libc::O_DSYNC;
+
+        let ask = CreateIn { flags: stable as u32, mode: 0o100_600, ..Default::default() };
+        let reply = guest.call(opcode::TMPFILE, ROOT, &[ask.as_slice(), &nul("/")]).unwrap();
+        let node = u64::from_le_bytes(reply[..8].try_into().unwrap());
+        let handles = [stable, libc::O_RDWR | libc::O_SYNC].map(|flags| guest.open(node, flags).unwrap().fh);
+        let plain = guest.open(node, libc::O_RDWR).unwrap().fh;
+        let host = host_node(node).0;
+        assert_eq!(handles.map(|handle| files.is_synchronous(host, handle)), [true; 2]);
+        assert!(!files.is_synchronous(host, plain) && !files.is_synchronous(host, u64::MAX));
+        guest.forget(node, 1);
+        assert_eq!((remembered(), files.is_synchronous(host, handles[0])), (0, false));
+
+        let (entry, open) = guest.create(ROOT, "file", stable).unwrap();
+        let (node, host) = (entry.nodeid, host_node(entry.nodeid).0);
+        let again = guest.open(node, stable).unwrap().fh;
+        let plain = guest.open(node, libc::O_RDWR).unwrap().fh;
+        assert!(files.is_synchronous(host, open.fh) && files.is_synchronous(host, again));
+        assert!(!files.is_synchronous(host, plain));
+        for fh in [open.fh, again, plain] {
+            guest.release(node, fh).unwrap();
+        }
+        assert_eq!(remembered(), 0);
+        // As when a RELEASE overtakes the end of the OPEN.
+        files.note_synchronous(&Context::default(), host, Some(again), stable as u32);
+        assert_eq!(remembered(), 0);
+    }
 }
