@@ -37,6 +37,14 @@ impl Server {
             return Err(errno(libc::EINVAL));
         }
         let (context, nodeid) = (self.context(request), request.header.nodeid);
+        if valid.difference(SetattrValid::KILL_SUIDGID).is_empty() {
+            // A client that writes to a DAX file which looks set-id asks so (file_remove_privs of fs/inode.c, of which
+            // fuse_setattr leaves no attribute): it writes by a mapping that it may have had before the file was.
+            let (stat, _) = self.fs.getattr(&context, nodeid, handle)?;
+            if stat.st_mode & libc::S_IFMT == libc::S_IFREG {
+                self.kill_privileges(&context, nodeid, &stat)?;
+            }
+        }
         let set = || self.fs.setattr(&context, nodeid, ask.into(), handle, valid);
         let (stat, timeout) = match valid.contains(SetattrValid::SIZE) {
             true => self.resize(&context, nodeid, set),

@@ -360,7 +360,10 @@ fn a_read_only_share_is_read_only() {
     assert_eq!(guest.rmdir(ROOT, "directory"), erofs);
     assert_eq!(guest.rename(ROOT, "file", "new", 0), erofs);
     assert_eq!(guest.call(opcode::RENAME, ROOT, &[&ROOT.to_le_bytes(), &nul("file"), &nul("new")]), erofs);
-    assert_eq!(guest.setattr(file, SetattrIn { valid: 1, ..Default::default() }).unwrap_err(), libc::EROFS);
+    for valid in [0, 1] {
+        let ask = SetattrIn { valid, ..Default::default() };
+        assert_eq!(guest.setattr(file, ask).unwrap_err(), libc::EROFS);
+    }
     assert_eq!(guest.fallocate(file, fh, 1), erofs);
     assert_eq!(guest.setxattr(file, "user.test", b"x"), erofs);
     assert_eq!(guest.call(opcode::REMOVEXATTR, file, &[&nul("user.test")]), erofs);

@@ -23,8 +23,10 @@ const CAPABILITIES: &CStr = c"security.capability";
 /// cap_net_raw, permitted and effective (vfs_cap_data, revision 2).
 const NET_RAW: [u8; 20] = [1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
 
-/// SETATTR: by handle, and the client's word that the bits are to go.
+/// SETATTR: the size, by handle, with the owner of a lock, and the client's word that the bits are to go.
 const SIZE: u32 = 1 << 3;
+const FH: u32 = 1 << 6;
+const LOCK_OWNER: u32 = 1 << 9;
 const KILL_SUIDGID: u32 = 1 << 11;
 
 fn has_capabilities(path: &Path) -> bool {
@@ -50,7 +52,7 @@ fn every_way_to_write_takes_set_id_bits_and_capabilities() {
         let from = guest.open(source, libc::O_RDONLY).unwrap().fh;
 
         type Way = (&'static str, fn(&mut FakeGuest, u64, u64, (u64, u64)));
-        let ways: [Way; 9] = [
+        let ways: [Way; 11] = [
             ("WRITE", |guest, node, fh, _| {
                 let (flags, fuse_flags) = (libc::O_RDWR as u32, WRITE_KILL_PRIV);
                 let ask = WriteIn { fh, size: 1, flags, fuse_flags, ..Default::default() };
@@ -72,11 +74,21 @@ fn every_way_to_write_takes_set_id_bits_and_capabilities() {
                 guest.setattr(node, ask).unwrap();
             }),
             ("SETATTR of the size by handle", |guest, node, fh, _| {
-                let valid = SIZE | KILL_SUIDGID | 1 << 6;
+                let valid = SIZE | KILL_SUIDGID | FH;
                 guest.setattr(node, SetattrIn { valid, fh, size: 1, ..Default::default() }).unwrap();
             }),
             ("SETATTR of the owner", |guest, node, _, _| {
                 guest.setattr(node, SetattrIn { valid: 1 << 1, uid: 1000, ..Default::default() }).unwrap();
+            }),
+            ("SETATTR of nothing", |guest, node, _, _| {
+                // Before a write(2) to a DAX file, which goes by a mapping.
+                let attr = guest.setattr(node, SetattrIn::default()).unwrap();
+                assert_eq!(attr.mode & 0o6000, 0);
+            }),
+            ("SETATTR of nothing by handle", |guest, node, fh, _| {
+                let valid = FH | LOCK_OWNER | KILL_SUIDGID;
+                let attr = guest.setattr(node, SetattrIn { valid, fh, ..Default::default() }).unwrap();
+                assert_eq!(attr.mode & 0o6000, 0);
             }),
             ("FALLOCATE", |guest, node, fh, _| {
                 guest.fallocate(node, fh, 8192).unwrap();
@@ -111,6 +123,24 @@ fn every_way_to_write_takes_set_id_bits_and_capabilities() {
             }
         }
     }
+}
+
+/// What an empty SETATTR leaves alone.
+#[test]
+fn what_is_no_program_keeps_its_bits() {
+    let mut guest = FakeGuest::mounted(Policy::Always);
+    for (name, mode) in [("directory", 0o2775), ("locked", 0o2664), ("program", 0o755)] {
+        match name {
+            "directory" => std::fs::create_dir(guest.path(name)).unwrap(),
+            _ => std::fs::write(guest.path(name), "").unwrap(),
+        }
+        std::fs::set_permissions(guest.path(name), PermissionsExt::from_mode(mode)).unwrap();
+        let node = guest.lookup(ROOT, name).unwrap().nodeid;
+        assert_eq!(guest.setattr(node, SetattrIn::default()).unwrap().mode & 0o7777, mode);
+    }
+    let file = guest.lookup(ROOT, "program").unwrap().nodeid;
+    let ask = SetattrIn { valid: FH, fh: 77, ..Default::default() };
+    assert_eq!(guest.setattr(file, ask).unwrap_err(), libc::EBADF);
 }
 
 /// The built-in policies let no set-id file be mapped.
