@@ -4,7 +4,7 @@ use std::ffi::CStr;
 use std::io::{self, Read, Write};
 use std::mem::size_of;
 
-use fuse_backend_rs::abi::fuse_abi::{InHeader, OutHeader};
+use fuse_backend_rs::abi::fuse_abi::{InHeader, OutHeader, WriteIn};
 use fuse_backend_rs::api::filesystem::{ZeroCopyReader, ZeroCopyWriter};
 use fuse_backend_rs::file_buf::FileVolatileSlice;
 use fuse_backend_rs::file_traits::FileReadWriteVolatile;
@@ -12,11 +12,16 @@ use vm_memory::ByteValued;
 
 use super::buffers::Buffers;
 use super::identity::NOBODY;
+use super::init::MAX_WRITE;
 use crate::virtio::fs::abi::EXT_GROUPS;
 use crate::virtio::fs::inodes::host_node;
 
 /// The longest name of a file, in bytes (NAME_MAX).
 pub(super) const NAME_MAX: usize = 255;
+
+/// The longest request, in bytes: a WRITE. A chain may be 4 GiB long, of the same memory again and again, and to go through
+/// that would keep a queue's thread, and so a reset and the VM's end, for minutes.
+const MAX_LENGTH: usize = size_of::<InHeader>() + size_of::<WriteIn>() + MAX_WRITE as usize;
 
 /// A buffer for one name and its NUL.
 pub(super) type NameBuffer = [u8; NAME_MAX + 1];
@@ -52,14 +57,15 @@ impl<'m> Request<'m> {
         Some(Request { header, dax, body, left, extensions })
     }
 
-    /// Checks that the request is as long as it says.
+    /// Checks that the request is as long as it says, and no longer than [`MAX_LENGTH`].
     ///
     /// # Errors
     /// EINVAL if not.
     pub(super) fn check_length(&self) -> io::Result<()> {
-        let long_enough = self.header.len as usize >= size_of::<InHeader>() + self.extensions;
+        let lengths = size_of::<InHeader>() + self.extensions..=MAX_LENGTH;
+        let is_possible = lengths.contains(&(self.header.len as usize));
         let all_there = self.left + self.extensions <= self.body.left();
-        if long_enough && all_there { Ok(()) } else { Err(errno(libc::EINVAL)) }
+        if is_possible && all_there { Ok(()) } else { Err(errno(libc::EINVAL)) }
     }
 
     /// Bytes of the body that are not yet read.

@@ -1,7 +1,7 @@
 //! Requests that no client sends.
 
 use fuse_backend_rs::abi::fuse_abi::{CreateIn, OpenIn};
-use vm_memory::ByteValued;
+use vm_memory::{ByteValued, Bytes, GuestAddress};
 
 use virtio_bindings::bindings::virtio_ring::VRING_DESC_F_WRITE;
 use virtio_queue::desc::split::Descriptor;
@@ -9,6 +9,7 @@ use virtio_queue::desc::split::Descriptor;
 use crate::virtio::fs::abi::opcode;
 use crate::virtio::fs::policy::Policy;
 use crate::virtio::fs::testing::{FakeGuest, ROOT, nul};
+use crate::virtio::fs::window::CHUNK_SIZE;
 
 const WRITABLE: u16 = VRING_DESC_F_WRITE as u16;
 
@@ -133,6 +134,44 @@ fn a_header_that_lies_about_its_length_is_refused() {
         let (used, reply) = guest.send_raw(&message, &[], &[256]).unwrap();
         assert_eq!((used, i32::from_le_bytes(reply[4..8].try_into().unwrap())), (16, -libc::EINVAL), "{len}");
     }
+}
+
+/// A chain can have the same memory in it again and again, and so be of any length.
+#[test]
+fn what_is_longer_than_any_request_is_refused_unread() {
+    const LIST: u64 = 0x20_0000;
+    const LIST_LEN: u32 = 1 << 20;
+    let mut guest = FakeGuest::mounted(Policy::Always);
+    let entry = [0u64, CHUNK_SIZE];
+    let list: Vec<u8> = entry.map(u64::to_le_bytes).as_flattened().repeat(LIST_LEN as usize / 16);
+    guest.memory.write_slice(&list, GuestAddress(LIST)).unwrap();
+    let mut outcome = |code: u32, entries: u32, body: &[u8]| {
+        let mut message = guest.message(code, ROOT, &[body]);
+        let len = message.len() as u32 + entries * 16;
+        message[..4].copy_from_slice(&len.to_le_bytes());
+        guest.memory.write_slice(&message, GuestAddress(0x10_0000)).unwrap();
+        let mut chain = vec![Descriptor::new(0x10_0000, message.len() as u32, 0, 0)];
+        let mut left = entries * 16;
+        while left > 0 {
+            let part = left.min(LIST_LEN);
+            chain.push(Descriptor::new(LIST, part, 0, 0));
+            left -= part;
+        }
+        chain.push(Descriptor::new(0x30_0000, 4096, WRITABLE, 0));
+        let used = guest.send_descriptors(&chain).unwrap();
+        let errno: i32 = guest.memory.read_obj(GuestAddress(0x30_0004)).unwrap();
+        (used, -errno)
+    };
+    let mut remove = |entries: u32| outcome(opcode::REMOVEMAPPING, entries, &entries.to_le_bytes());
+    // As many as a client whose pages are of 64 KiB may send, as many as fit, and more.
+    for entries in [1, 4096, ((1 << 20) + 36) / 16] {
+        assert_eq!(remove(entries), (16, 0), "{entries}");
+    }
+    for entries in [((1 << 20) + 36) / 16 + 1, 1 << 17, 40 << 16] {
+        assert_eq!(remove(entries), (16, libc::EINVAL), "{entries}");
+    }
+    let count = (40_u32 << 16).to_le_bytes();
+    assert_eq!(outcome(opcode::BATCH_FORGET, 40 << 16, &[count, [0; 4]].concat()).0, 0);
 }
 
 #[test]
