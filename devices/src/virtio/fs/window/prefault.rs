@@ -57,11 +57,12 @@ pub struct MappedPart<'a> {
 }
 
 impl DaxWindow {
-    /// Has the guest find pages of a part of a file without a fault. What cannot be done is left to the guest's faults.
+    /// Has the guest find pages of a part of a file without a fault: of no more than a chunk, as Linux maps one at a time and
+    /// nothing ends the reading of more. What cannot be done is left to the guest's faults.
     /// Returns the number of bytes of the pages that it finds.
     pub fn prefault(&self, part: MappedPart<'_>, prefault: Prefault) -> u64 {
         let MappedPart { fd, foffset, moffset, shown, .. } = part;
-        let len = shown.bytes;
+        let len = shown.bytes.min(CHUNK_SIZE);
         let is_outside = moffset.checked_add(len).is_none_or(|end| end > self.0.size);
         if len == 0 || is_outside || !moffset.is_multiple_of(PAGE) {
             return 0;
@@ -98,19 +99,16 @@ impl DaxWindow {
 }
 
 impl Shared {
+    /// Prefaults those of `len` bytes at `start`, a chunk at most, that are cached; returns how many the guest finds now.
     fn prefault_cached(&self, start: u64, len: u64) -> u64 {
-        let mut bytes = 0;
-        let mut pages = [0; PAGES];
-        for at in (start..start + len).step_by(CHUNK_SIZE as usize) {
-            let count = (start + len - at).min(CHUNK_SIZE).div_ceil(PAGE) as usize;
-            if resident(self.address(at), &mut pages[..count]).is_err() {
-                break;
-            }
-            for run in runs(&pages[..count]) {
-                bytes += self.prefault_run(at + run.start as u64 * PAGE, run.len() as u64 * PAGE);
-            }
+        let mut buffer = [0; PAGES];
+        let pages = &mut buffer[..len.div_ceil(PAGE) as usize];
+        if resident(self.address(start), pages).is_err() {
+            return 0;
         }
-        bytes
+        runs(pages)
+            .map(|run| self.prefault_run(start + run.start as u64 * PAGE, run.len() as u64 * PAGE))
+            .sum()
     }
 
     /// Returns how many of `len` bytes at `at` the guest finds now.

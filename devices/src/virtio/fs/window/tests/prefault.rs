@@ -165,6 +165,18 @@ fn what_is_cached_is_made_present_where_the_guest_is_likely_to_touch_it() {
 }
 
 #[test]
+fn no_more_than_a_chunk_is_made_present_at_once() {
+    let Some(directory) = directory_with_flags() else { return };
+    let window = DaxWindow::new(SIZE).unwrap();
+    let file = cached_file(&directory, 4 * CHUNK_SIZE);
+    window.map(0, 0, 4 * CHUNK_SIZE, true, file.as_fd()).unwrap();
+    for prefault in [Prefault::Cached, Prefault::All] {
+        assert_eq!(prefaulted(&window, 0, 0, 4 * CHUNK_SIZE, &file, prefault), CHUNK_SIZE);
+        assert!(present(&window, CHUNK_SIZE, 3 * 512).iter().all(|page| !page), "{prefault}");
+    }
+}
+
+#[test]
 fn impossible_parts_are_refused() {
     let window = DaxWindow::new(SIZE).unwrap();
     let file = file(1, 1);
