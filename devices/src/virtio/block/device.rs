@@ -11,7 +11,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use super::counters::{Counts, DiskCountersHandle};
 use super::image::{DiskError, Image, SECTOR};
-use super::request::{Handler, MAX_RANGE_SECTORS, MAX_RANGES};
+use super::request::{Handler, MAX_DISCARD_RANGES, MAX_RANGE_SECTORS, MAX_ZERO_RANGES};
 use crate::virtio::device::{ActivateError, Activation, VirtioDevice, read_config_space};
 use crate::virtio::thread::ThreadKind;
 use crate::virtio::worker::{ChainHandler, QueueWorkers};
@@ -88,10 +88,10 @@ impl BlockDevice {
         put(26, &(blocks as u16).to_le_bytes());
         put(34, &(self.queue_sizes.len() as u16).to_le_bytes());
         put(36, &MAX_RANGE_SECTORS.to_le_bytes());
-        put(40, &MAX_RANGES.to_le_bytes());
+        put(40, &MAX_DISCARD_RANGES.to_le_bytes());
         put(44, &((image.physical_block / SECTOR) as u32).to_le_bytes());
         put(48, &MAX_RANGE_SECTORS.to_le_bytes());
-        put(52, &MAX_RANGES.to_le_bytes());
+        put(52, &MAX_ZERO_RANGES.to_le_bytes());
         put(56, &[1]);
         space
     }

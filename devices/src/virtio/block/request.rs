@@ -17,10 +17,13 @@ use super::image::{Image, SECTOR};
 use crate::virtio::buffers::IoVectors;
 use crate::virtio::worker::{ChainError, ChainHandler};
 
-/// Most ranges of one request to discard or to write zeroes.
-pub(super) const MAX_RANGES: u32 = 32;
-/// Most sectors of one such range: 2 GiB, so that no request takes forever.
-pub(super) const MAX_RANGE_SECTORS: u32 = 4 << 20;
+/// Most ranges of one request to discard.
+pub(super) const MAX_DISCARD_RANGES: u32 = 32;
+/// Most ranges of one request to write zeroes. A host that has no better way writes them all, in a system call that cannot be
+/// interrupted, and the queue's thread ends between requests.
+pub(super) const MAX_ZERO_RANGES: u32 = 1;
+/// Most sectors of a range of either: 64 MiB.
+pub(super) const MAX_RANGE_SECTORS: u32 = 128 << 10;
 
 /// `struct virtio_blk_req`, its first part.
 #[derive(Clone, Copy, Default)]
@@ -189,7 +192,8 @@ impl Handler {
         self.check_writable()?;
         let size = size_of::<ZeroRange>();
         let len = reader.available_bytes();
-        if len == 0 || !len.is_multiple_of(size) || len / size > MAX_RANGES as usize {
+        let most = if exactly { MAX_ZERO_RANGES } else { MAX_DISCARD_RANGES };
+        if len == 0 || !len.is_multiple_of(size) || len / size > most as usize {
             return Err(Failure::Refused("it has no ranges, too many, or a part of one"));
         }
         // All are looked at before the first is zeroed.
