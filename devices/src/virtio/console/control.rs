@@ -151,8 +151,13 @@ impl Control {
     /// Says what is due; false if buffers have run out.
     fn speak(&mut self, queue: &mut ActiveQueue, memory: &GuestMemoryMmap) -> Result<bool, ChainError> {
         let mut spoken = false;
+        // No more than the ring holds, so that a driver that posts buffers which are too small, without a pause, cannot keep the
+        // thread here.
+        let mut left = queue.available(memory)?;
         let complete = loop {
             let Some((id, event)) = self.next_due() else { break true };
+            let Some(rest) = left.checked_sub(1) else { break false };
+            left = rest;
             let Some(chain) = queue.next_chain(memory)? else { break false };
             let head = chain.head_index();
             let value = match event {
@@ -202,4 +207,51 @@ impl Control {
 
 fn not_in_memory(error: virtio_queue::Error) -> ChainError {
     ChainError(format!("A control message is not in guest memory: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use virtio_queue::desc::RawDescriptor;
+    use virtio_queue::{Queue, QueueT};
+    use vm_memory::{Bytes, GuestAddress};
+    use vmm_sys_util::eventfd::EFD_NONBLOCK;
+
+    use super::super::ConsoleDevice;
+    use super::super::port::Port;
+    use super::*;
+    use crate::virtio::testing::{Bell, writable};
+
+    #[test]
+    fn a_driver_whose_buffers_are_all_too_small_keeps_nobody() {
+        // As from a driver that is faster than the device: the used ring lies on the available one and is ahead of it, so that
+        // what is given back is available again.
+        const RING: u64 = 0x1000;
+        const AHEAD: u16 = 3;
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 16)]).unwrap();
+        memory.write_obj(RawDescriptor::from(writable(0x2000, 1)), GuestAddress(0)).unwrap();
+        memory.write_obj(AHEAD, GuestAddress(RING + 2)).unwrap();
+        let mut queue = Queue::new(32).unwrap();
+        queue.try_set_desc_table_address(GuestAddress(0)).unwrap();
+        queue.try_set_avail_ring_address(GuestAddress(RING)).unwrap();
+        queue.try_set_used_ring_address(GuestAddress(RING)).unwrap();
+        queue.set_next_used(AHEAD);
+        queue.set_ready(true);
+        let bell = || EventFd::new(EFD_NONBLOCK).unwrap();
+        let mut queue =
+            ActiveQueue { index: 2, queue, doorbell: bell(), interrupt: Arc::new(Bell::default()) };
+        let port = Port { name: "port".into(), input: None, output: None };
+        let ports = ConsoleDevice::new(vec![port]).unwrap().ports();
+        let mut control = Control::new(ports, Arc::new(bell()));
+        control.due[0].add = true;
+
+        let (sender, receiver) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let is_complete = control.speak(&mut queue, &memory).unwrap();
+            sender.send((is_complete, queue.available(&memory).unwrap())).unwrap();
+        });
+        let spoken = receiver.recv_timeout(Duration::from_secs(20));
+        assert_eq!(spoken, Ok((false, AHEAD)), "there is more to say, and to say it in");
+    }
 }
