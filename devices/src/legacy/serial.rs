@@ -1,7 +1,7 @@
 //! The serial port (16550A), the guest's console.
 
 use std::io::Write;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 
 use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial, Trigger};
@@ -36,11 +36,15 @@ type Port = Serial<Line, RoomAgain, Box<dyn Write + Send>>;
 const INTERRUPT_ENABLE: u64 = 1;
 const INTERRUPT_ID: u64 = 2;
 const LINE_CONTROL: u64 = 3;
+#[cfg(test)]
+const MODEM_CONTROL: u64 = 4;
 const RECEIVED_DATA: u8 = 1;
 const ID_NONE: u8 = 1;
 const ID_MASK: u8 = 0xf;
 const ID_RECEIVED_DATA: u8 = 4;
 const DIVISOR_LATCH: u8 = 0x80;
+#[cfg(test)]
+const LOOP_BACK: u8 = 0x10;
 
 /// A 16550A that writes what the guest sends to a writer.
 ///
@@ -73,16 +77,24 @@ impl SerialPort {
         self.lock().fifo_capacity()
     }
 
-    /// Gives the guest input; returns how many bytes were taken. While the guest tests the port in loop-back mode
-    /// nothing is.
-    pub fn feed(&self, input: &[u8]) -> usize {
-        let mut port = self.lock();
+    /// Gives the guest input; returns how many bytes were taken. If the FIFO is full before they all are, `room_again` is
+    /// called when there is room.
+    ///
+    /// None if nothing can be taken for another reason, and there is no call when that is over: a vCPU is at the port, for as
+    /// long as who reads the output likes, or the guest tests it in loop-back mode. This never waits for either.
+    pub fn feed(&self, input: &[u8]) -> Option<usize> {
+        let mut port = match self.port.try_lock() {
+            Ok(port) => port,
+            Err(TryLockError::Poisoned(error)) => error.into_inner(),
+            Err(TryLockError::WouldBlock) => return None,
+        };
         let input = &input[..input.len().min(port.fifo_capacity())];
         match port.enqueue_raw_bytes(input) {
-            Ok(taken) => taken,
+            Ok(0) if !input.is_empty() => None,
+            Ok(taken) => Some(taken),
             Err(error) => {
                 tracing::warn!(%error, "Console input lost");
-                input.len()
+                Some(input.len())
             }
         }
     }
@@ -125,6 +137,7 @@ impl BusDevice for SerialPort {
 mod tests {
     use super::*;
     use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
     #[derive(Default)]
     struct Counter(AtomicUsize);
@@ -167,7 +180,7 @@ mod tests {
         let mut fed = 0;
         let mut got = Vec::new();
         while got.len() < input.len() {
-            fed += port.feed(&input[fed..]);
+            fed += port.feed(&input[fed..]).unwrap();
             while port.room() < 64 {
                 let mut byte = [0];
                 port.read(0, &mut byte);
@@ -191,11 +204,44 @@ mod tests {
         let port = SerialPort::new(line.clone(), Box::new(Sink::default()), || {});
         port.write(INTERRUPT_ENABLE, &[RECEIVED_DATA]);
         assert_eq!(read(&port, INTERRUPT_ID) & ID_MASK, ID_NONE);
-        assert_eq!(port.feed(b"abc"), 3);
+        assert_eq!(port.feed(b"abc"), Some(3));
         for left in [b'a', b'b', b'c'] {
             assert_eq!(read(&port, INTERRUPT_ID) & ID_MASK, ID_RECEIVED_DATA, "before {left}");
             assert_eq!(read(&port, 0), left);
         }
         assert_eq!(read(&port, INTERRUPT_ID) & ID_MASK, ID_NONE);
+    }
+
+    #[test]
+    fn feeding_waits_for_nobody() {
+        /// Tells that it was written to, and comes back when it may.
+        struct Blocked(SyncSender<()>, Receiver<()>);
+
+        impl Write for Blocked {
+            fn write(&mut self, data: &[u8]) -> std::io::Result<usize> {
+                self.0.send(()).unwrap();
+                self.1.recv().unwrap();
+                Ok(data.len())
+            }
+            fn flush(&mut self) -> std::io::Result<()> {
+                Ok(())
+            }
+        }
+
+        let ((writes, is_written_to), (read, is_read)) = (sync_channel(1), sync_channel(1));
+        let line = Arc::new(Counter::default());
+        let port = SerialPort::new(line, Box::new(Blocked(writes, is_read)), || {});
+        std::thread::scope(|scope| {
+            scope.spawn(|| port.write(0, b"x"));
+            is_written_to.recv().unwrap();
+            assert_eq!(port.feed(b"abc"), None);
+            read.send(()).unwrap();
+        });
+        assert_eq!(port.feed(b"abc"), Some(3));
+        port.write(MODEM_CONTROL, &[LOOP_BACK]);
+        assert_eq!(port.feed(b"abc"), None);
+        port.write(MODEM_CONTROL, &[0]);
+        assert_eq!(port.feed(&[b'x'; 100]), Some(61));
+        assert_eq!(port.feed(b"x"), Some(0), "there will be a call");
     }
 }

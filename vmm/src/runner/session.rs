@@ -34,7 +34,7 @@ pub(super) struct Progress {
 }
 
 impl Progress {
-    fn new() -> Progress {
+    pub fn new() -> Progress {
         Progress { entered: Instant::now(), ready: OnceLock::new(), started: OnceLock::new() }
     }
 
@@ -46,6 +46,11 @@ impl Progress {
     /// Whether the command has been started.
     pub fn is_started(&self) -> bool {
         self.started.get().is_some()
+    }
+
+    /// Takes note that the command has been started. Said more than once, the first time counts.
+    pub fn set_started(&self) {
+        let _ = self.started.set(Instant::now());
     }
 }
 
@@ -209,7 +214,7 @@ impl Listener {
         match message {
             // Said more than once, the first time counts.
             FromGuest::Ready => drop(self.progress.ready.set(Instant::now())),
-            FromGuest::Started => drop(self.progress.started.set(Instant::now())),
+            FromGuest::Started => self.progress.set_started(),
             FromGuest::Failed { what, error } => return Some(ExitReason::BootFailed { what, error }),
             FromGuest::NotRun { status, error } => return Some(ExitReason::NotRun { status, error }),
             FromGuest::Exited { status } => return Some(ExitReason::Exited { status }),
