@@ -1,5 +1,6 @@
 //! A vCPU: a thread that runs the guest and carries out its exits.
 
+use std::fmt;
 use std::io;
 use std::os::unix::thread::JoinHandleExt;
 use std::sync::Arc;
@@ -105,6 +106,15 @@ impl Vcpu {
         self.give(&self.orders.stood_still);
     }
 
+    /// Interrupts the thread, unless it has ended; whether it has not.
+    fn kick(&self) -> bool {
+        let Some(thread) = self.thread.as_ref().filter(|thread| !thread.is_finished()) else { return false };
+        if let Err(error) = thread.kill(kick_signal()) {
+            tracing::error!(%error, "Cannot interrupt a vCPU");
+        }
+        true
+    }
+
     fn give(&self, order: &AtomicBool) {
         order.store(true, Ordering::Release);
         if let Some(thread) = &self.thread {
@@ -114,10 +124,13 @@ impl Vcpu {
     }
 }
 
-/// Stops them all, and waits for them: each is told before any is waited for, as one may wait for what another one's guest keeps
-/// a device busy with.
+/// Stops them all, and waits for them. All are interrupted until the last one has ended, as any may wait for what another one's
+/// guest keeps a device busy with.
 pub fn stop(vcpus: Vec<Vcpu>) {
-    vcpus.iter().for_each(|vcpu| vcpu.give(&vcpu.orders.stop));
+    vcpus.iter().for_each(|vcpu| vcpu.orders.stop.store(true, Ordering::Release));
+    while vcpus.iter().filter(|vcpu| vcpu.kick()).count() > 0 {
+        std::thread::sleep(KICK_AGAIN);
+    }
 }
 
 /// What a clock of clock_gettime(2) says. rustix would ask for its vDSO by a system call that no filter here allows.
@@ -164,13 +177,13 @@ fn go_on(vcpu: &VcpuFd, memory: &Memory, address: Option<u64>, retries: &mut Ret
     if retries.allow(&inspection) {
         return Ok(());
     }
-    let why = inspection.describe(&memory.all.memory());
     match fault::refuse(vcpu) {
         Ok(true) if !inspection.is_of_lost_ram(memory) => {
-            tracing::warn!("{why}: the guest gets a general protection fault");
+            // No more is said than what is at hand: a guest may cause this as often as it likes.
+            tracing::warn!("{inspection}: the guest gets a general protection fault");
             Ok(())
         }
-        _ => Err(Fatal::Kvm(why)),
+        _ => Err(Fatal::Kvm(inspection.with_mappings(&memory.all.memory()))),
     }
 }
 
@@ -266,10 +279,26 @@ impl Inspection {
         })
     }
 
-    /// The same for people.
-    fn describe(&self, memory: &GuestMemoryMmap) -> String {
+    /// The same for people, with what the host has at each address.
+    fn with_mappings(&self, memory: &GuestMemoryMmap) -> String {
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+        self.describe(|address| {
+            let host = memory.get_host_address(GuestAddress(address)).ok();
+            let mapping = host.and_then(|host| mapping_of(&maps, host as u64));
+            format!("{address:#x} ({})", mapping.unwrap_or("no memory"))
+        })
+    }
+
+    /// The same, with `place` for each address.
+    fn describe(&self, place: impl Fn(u64) -> String) -> String {
         let what = match &self.stopped {
-            Ok(stopped) => describe(stopped, memory),
+            Ok(stopped) => {
+                let places: Vec<_> = stopped.accesses.iter().map(|access| place(access.address)).collect();
+                let (instruction, places) = (stopped.instruction, places.join(", "));
+                format!(
+                    "the host has no memory for what the instruction at {instruction:#x} accesses, one of {places}"
+                )
+            }
             Err(error) => format!("the host has no memory for what the guest accesses ({error})"),
         };
         match &self.found {
@@ -279,20 +308,10 @@ impl Inspection {
     }
 }
 
-/// What is known of an access that KVM could not carry out.
-fn describe(stopped: &fault::StoppedAt, memory: &GuestMemoryMmap) -> String {
-    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
-    let places = stopped.accesses.iter().map(|access| {
-        let host = memory.get_host_address(GuestAddress(access.address)).ok();
-        let mapping = host.and_then(|host| mapping_of(&maps, host as u64));
-        format!("{:#x} ({})", access.address, mapping.unwrap_or("no memory"))
-    });
-    let places: Vec<_> = places.collect();
-    format!(
-        "the host has no memory for what the instruction at {:#x} accesses, one of {}",
-        stopped.instruction,
-        places.join(", ")
-    )
+impl fmt::Display for Inspection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.describe(|address| format!("{address:#x}")))
+    }
 }
 
 /// The line of /proc/self/maps that an address belongs to, without the addresses themselves.
@@ -308,15 +327,11 @@ fn mapping_of(maps: &str, address: u64) -> Option<&str> {
 impl Drop for Vcpu {
     fn drop(&mut self) {
         self.orders.stop.store(true, Ordering::Release);
-        let Some(thread) = self.thread.take() else { return };
-        while !thread.is_finished() {
-            if let Err(error) = thread.kill(kick_signal()) {
-                tracing::error!(%error, "Cannot interrupt a vCPU");
-            }
+        while self.kick() {
             std::thread::sleep(KICK_AGAIN);
         }
         // A panic of the thread has been reported by the panic hook.
-        let _ = thread.join();
+        let _ = self.thread.take().map(JoinHandle::join);
     }
 }
 
@@ -385,6 +400,45 @@ mod tests {
         assert!(is_lost(pages.wrapping_byte_add(PAGE as usize)), "the file ends before it");
         // SAFETY: it was mapped above.
         unsafe { libc::munmap(pages, 2 * PAGE as usize) };
+    }
+
+    #[test]
+    fn an_access_is_told_by_its_address_and_with_what_the_host_has_there() {
+        let accesses = [0x1000, 0x5000].map(|address| fault::Access { address, write: false });
+        let stopped = Ok(fault::StoppedAt { instruction: 0xffff, accesses: accesses.into() });
+        let inspection = Inspection { stopped, found: Found::Lost(Some("it is gone".into())) };
+        let what = "the host has no memory for what the instruction at 0xffff accesses, one of";
+        assert_eq!(inspection.to_string(), format!("{what} 0x1000, 0x5000: it is gone"));
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x2000)]).unwrap();
+        let text = inspection.with_mappings(&memory);
+        assert!(text.starts_with(&format!("{what} 0x1000 (rw-p ")), "{text}");
+        assert!(text.ends_with(", 0x5000 (no memory): it is gone"), "{text}");
+    }
+
+    #[test]
+    fn all_are_interrupted_until_the_last_one_has_ended() {
+        extern "C" fn kicked(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+        register_signal_handler(kick_signal(), kicked).unwrap();
+        let vcpu = |body: Box<dyn FnOnce() + Send>| Vcpu {
+            orders: Arc::default(),
+            thread: Some(std::thread::spawn(body)),
+        };
+        let (sender, receiver) = mpsc::channel();
+        // The first one waits for the second one, for which the first few kicks are lost.
+        let waits = vcpu(Box::new(move || receiver.recv().unwrap()));
+        let spins = vcpu(Box::new(move || {
+            for _ in 0..5 {
+                // SAFETY: the call takes no pointer; it ends with a signal.
+                unsafe { libc::poll(std::ptr::null_mut(), 0, -1) };
+            }
+            sender.send(()).unwrap();
+        }));
+        let (stopped, is_stopped) = mpsc::channel();
+        std::thread::spawn(move || {
+            stop(vec![waits, spins]);
+            stopped.send(()).unwrap();
+        });
+        assert_eq!(is_stopped.recv_timeout(Duration::from_secs(20)), Ok(()));
     }
 
     #[test]
