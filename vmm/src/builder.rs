@@ -117,7 +117,8 @@ pub(crate) fn build(config: ValidConfig, wiring: Wiring) -> Result<Vm, BuildErro
 
     let ending = Ending::new().map_err(BuildError::EventFd)?;
     let buses = Buses::default();
-    let console = ConsoleParts::new(&vm, wiring.console).map_err(BuildError::EventFd)?;
+    let console =
+        ConsoleParts::new(&vm, wiring.console, wiring.console_is_the_kernels).map_err(BuildError::EventFd)?;
     add_legacy_devices(&buses, &console, &ending)?;
     let devices_memory = DeviceMemory::new(memory.clone());
     let mut manager = DeviceManager::new(
@@ -215,12 +216,17 @@ struct ConsoleParts {
 }
 
 impl ConsoleParts {
-    fn new(vm: &VmFd, out: Box<dyn io::Write + Send>) -> io::Result<ConsoleParts> {
+    fn new(vm: &VmFd, out: Box<dyn io::Write + Send>, is_the_kernels: bool) -> io::Result<ConsoleParts> {
         let log = Arc::default();
         let (room, panicked) = (EventFd::new(EFD_NONBLOCK)?, EventFd::new(EFD_NONBLOCK)?);
         let (tell_room, tell_panic) = (room.try_clone()?, panicked.try_clone()?);
         // The main thread reads both; a write can only fail when it has not done so 2^64 times.
-        let out = ConsoleOutput::new(out, Arc::clone(&log), move || drop(tell_panic.write(1)));
+        let on_panic = move || {
+            if is_the_kernels {
+                drop(tell_panic.write(1));
+            }
+        };
+        let out = ConsoleOutput::new(out, Arc::clone(&log), on_panic);
         let line = Arc::new(Line::new(vm, irq::SERIAL)?);
         let serial = SerialPort::new(line, Box::new(out), move || drop(tell_room.write(1)));
         Ok(ConsoleParts { serial: Arc::new(serial), room, panicked, log })

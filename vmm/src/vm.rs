@@ -114,6 +114,9 @@ impl Ending {
 pub struct Wiring {
     /// Where the output of the serial port goes.
     pub console: Box<dyn io::Write + Send>,
+    /// Whether nobody in the guest but its kernel, and who could as well end the VM, writes to the serial port. Only then
+    /// the words with which a kernel panics end the VM, 3 s later: where users log in, anybody can print them.
+    pub console_is_the_kernels: bool,
     /// An initramfs in memory; goes before that of the configuration.
     pub initramfs: Option<Vec<u8>>,
     /// The ports of a virtio-console device; there is no such device when they are none.

@@ -13,7 +13,8 @@ use crate::vm::{ConsoleInput, Vm, Wiring};
 /// Runs the guest to its end; returns the exit status.
 pub(super) fn run(plan: Plan, signals: Signals, begin: Instant) -> Result<u8, RunError> {
     let observers = Observers::prepare(&plan)?;
-    let wiring = Wiring { console: console(&plan.console)?, initramfs: None, ports: Vec::new() };
+    let console = console(&plan.console)?;
+    let wiring = Wiring { console, console_is_the_kernels: false, initramfs: None, ports: Vec::new() };
     let mut vm = Vm::build(machine(&plan, begin)?, wiring)?;
     let report_file = confine(&mut vm, &plan, begin)?;
     let observers = observers.start(&plan, &vm)?;

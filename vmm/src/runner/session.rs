@@ -84,7 +84,8 @@ pub(super) fn run(plan: Plan, task: Task, signals: Signals, begin: Instant) -> R
     ours.set_write_timeout(Some(TELL_TIMEOUT)).map_err(system("set up a socket"))?;
     let ports = ports(&task.command, typed, theirs).map_err(system("use the standard streams"))?;
 
-    let wiring = Wiring { console: console(&plan.console)?, initramfs: Some(initramfs), ports };
+    let console = console(&plan.console)?;
+    let wiring = Wiring { console, console_is_the_kernels: true, initramfs: Some(initramfs), ports };
     let mut vm = Vm::build(machine(&plan, begin)?, wiring)?;
     let report_file = confine(&mut vm, &plan, begin)?;
     let observers = observers.start(&plan, &vm)?;
