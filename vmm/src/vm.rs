@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -65,18 +65,31 @@ pub(crate) struct Parts {
 /// Ends a VM, from any thread.
 #[derive(Clone)]
 pub struct Ending {
-    reason: Arc<Mutex<Option<ExitReason>>>,
+    told: Arc<(Mutex<Told>, Condvar)>,
     wake: Arc<EventFd>,
+}
+
+/// What an [`Ending`] was told.
+#[derive(Default)]
+struct Told {
+    reason: Option<ExitReason>,
+    /// Whether it was told anything but the command's own end, at which readers that are slow are waited for.
+    is_urgent: bool,
 }
 
 impl Ending {
     pub(crate) fn new() -> io::Result<Ending> {
-        Ok(Ending { reason: Arc::default(), wake: Arc::new(EventFd::new(EFD_NONBLOCK)?) })
+        Ok(Ending { told: Arc::default(), wake: Arc::new(EventFd::new(EFD_NONBLOCK)?) })
     }
 
     /// Ends the VM for `reason`. Only the first reason counts.
     pub fn end(&self, reason: ExitReason) {
-        self.reason.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert(reason);
+        let (told, news) = &*self.told;
+        let mut told = told.lock().unwrap_or_else(|e| e.into_inner());
+        told.is_urgent |= !matches!(reason, ExitReason::Exited { .. } | ExitReason::Signaled { .. });
+        told.reason.get_or_insert(reason);
+        drop(told);
+        news.notify_all();
         // Non-blocking and the counter cannot overflow within the life of a VM.
         let _ = self.wake.write(1);
     }
@@ -106,7 +119,15 @@ impl Ending {
 
     /// Why the VM is to end, if it is.
     pub(crate) fn reason(&self) -> Option<ExitReason> {
-        self.reason.lock().unwrap_or_else(|e| e.into_inner()).clone()
+        self.told.0.lock().unwrap_or_else(|e| e.into_inner()).reason.clone()
+    }
+
+    /// Waits until the VM is to end, and not only because its command has ended; returns why it ends.
+    pub(crate) fn wait(&self) -> Option<ExitReason> {
+        let (told, news) = &*self.told;
+        let told = told.lock().unwrap_or_else(|e| e.into_inner());
+        let told = news.wait_while(told, |told| !told.is_urgent).unwrap_or_else(|e| e.into_inner());
+        told.reason.clone()
     }
 }
 

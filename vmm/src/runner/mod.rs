@@ -7,6 +7,7 @@
 
 mod explain;
 mod kernel;
+mod last_resort;
 mod observers;
 mod own_init;
 mod plan;
@@ -21,7 +22,6 @@ use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::thread;
 use std::time::{Duration, Instant};
 
 pub use kernel::KernelError;
@@ -102,16 +102,6 @@ pub fn run(config: RunConfig) -> Result<u8, RunError> {
     }
 }
 
-/// The last resort of a time limit: the VM ends itself in time, unless something that it waits for does not come back.
-fn leave_after(limit: Duration) -> Result<(), RunError> {
-    let leave = move || {
-        thread::sleep(limit);
-        signals::leave(ExitReason::Timeout.status(true));
-    };
-    let spawned = thread::Builder::new().name("time-limit".into()).spawn(leave);
-    spawned.map(drop).map_err(|e| RunError::System("start a thread", e))
-}
-
 /// The machine, with what is left of its time.
 fn machine(plan: &Plan, begin: Instant) -> Result<ValidConfig, ConfigError> {
     // Not zero, which would be no limit that anybody could mean.
@@ -169,7 +159,8 @@ fn confine(vm: &mut Vm, plan: &Plan, begin: Instant) -> Result<ReportFile, RunEr
     }
     vm.confine(&plan.outputs())?;
     if let Some(timeout) = plan.machine.timeout {
-        leave_after(timeout.saturating_add(signals::GRACE).saturating_sub(begin.elapsed()))?;
+        last_resort::after_limit(timeout.saturating_sub(begin.elapsed()))
+            .map_err(|e| RunError::System("start a thread", e))?;
     }
     Ok(ReportFile(report))
 }
@@ -187,6 +178,7 @@ fn end_on_panic(ending: Ending) {
 #[cfg(test)]
 mod tests {
     use std::process::Command;
+    use std::thread;
 
     use super::*;
 

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use super::observers::Observers;
 use super::signals::Signals;
-use super::{Plan, RunError, confine, console, end_on_panic, explain, machine};
+use super::{Plan, RunError, confine, console, end_on_panic, explain, last_resort, machine};
 use crate::console::{make_terminal_raw, restore_terminal};
 use crate::vm::{ConsoleInput, Vm, Wiring};
 
@@ -19,6 +19,7 @@ pub(super) fn run(plan: Plan, signals: Signals, begin: Instant) -> Result<u8, Ru
     let report_file = confine(&mut vm, &plan, begin)?;
     let observers = observers.start(&plan, &vm)?;
     let system = |what| move |error| RunError::System(what, error);
+    last_resort::after_end(vm.ending(), |reason| reason.status(false)).map_err(system("start a thread"))?;
     signals.handle(vm.ending(), None).map_err(system("start a thread"))?;
     end_on_panic(vm.ending());
     let input = io::stdin().as_fd().try_clone_to_owned().map_err(system("use standard input"))?;

@@ -9,7 +9,9 @@ use std::time::{Duration, Instant};
 
 use super::observers::Observers;
 use super::signals::Signals;
-use super::{Plan, RunError, confine, console, end_on_panic, explain, machine, terminal, watchdog};
+use super::{
+    Plan, RunError, confine, console, end_on_panic, explain, last_resort, machine, terminal, watchdog,
+};
 use crate::console::{make_terminal_raw, restore_terminal};
 use crate::guest::image;
 use crate::guest::protocol::{
@@ -92,6 +94,9 @@ pub(super) fn run(plan: Plan, task: Task, signals: Signals, begin: Instant) -> R
     let ending = vm.ending();
     end_on_panic(ending.clone());
     let progress = Arc::new(Progress::new());
+    let seen = Arc::clone(&progress);
+    let status = move |reason| with_progress(reason, &seen).status(true);
+    last_resort::after_end(ending.clone(), status).map_err(system("start a thread"))?;
     let guest = Guest(Arc::new(Mutex::new(ours.try_clone().map_err(system("use a socket"))?)));
     tell_of_closed_outputs(&vm.ports(), guest.clone());
     let listener = Listener { progress: Arc::clone(&progress), ending: ending.clone(), ports: vm.ports() };
@@ -152,19 +157,21 @@ fn tell_of_closed_outputs(ports: &PortsHandle, guest: Guest) {
     });
 }
 
+/// What the guest's progress makes of the end.
+fn with_progress(reason: ExitReason, progress: &Progress) -> ExitReason {
+    let what = match reason {
+        _ if progress.is_ready() => return reason,
+        ExitReason::PowerOff => "switched itself off",
+        ExitReason::Reset => "reset itself",
+        _ => return reason,
+    };
+    let error = format!("it {what} before its init could say what is wrong");
+    ExitReason::BootFailed { what: "boot".into(), error }
+}
+
 /// What only the runner knows of the end: how far the guest had come, and what that makes of it.
 fn complete(report: &mut Report, progress: &Progress, begin: Instant) {
-    if !progress.is_ready() {
-        let early = match report.reason {
-            ExitReason::PowerOff => Some("switched itself off"),
-            ExitReason::Reset => Some("reset itself"),
-            _ => None,
-        };
-        if let Some(what) = early {
-            let error = format!("it {what} before its init could say what is wrong");
-            report.reason = ExitReason::BootFailed { what: "boot".into(), error };
-        }
-    }
+    report.reason = with_progress(report.reason.clone(), progress);
     report.status = report.reason.status(true);
     let span =
         |from: Instant, to: Option<&Instant>| to.map(|to| milliseconds(to.saturating_duration_since(from)));

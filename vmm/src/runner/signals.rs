@@ -7,16 +7,12 @@ use std::time::{Duration, Instant};
 
 use super::session::{Guest, Progress};
 use super::stdio::window_size;
-use crate::api::remove_sockets;
-use crate::console::restore_terminal;
 use crate::guest::protocol::ToGuest;
 use crate::outcome::{ExitReason, Stop};
 use crate::vm::Ending;
 
 /// The signals by which a caller ends the program.
 const ENDING: [libc::c_int; 4] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT];
-/// How long a VM may take to end. What holds it up is a thread that writes to a pipe which nobody reads.
-pub(super) const GRACE: Duration = Duration::from_secs(10);
 /// Signals that come closer together than this are one: `timeout` sends its signal to the program, and then to all of
 /// its process group.
 const ONE_SIGNAL: Duration = Duration::from_millis(50);
@@ -62,7 +58,7 @@ impl Signals {
     }
 
     /// Starts thread `signals`. With a `guest` that runs a command, the first SIGINT is for the command; any other
-    /// signal, and a second SIGINT, end the VM, and if that takes too long the program.
+    /// signal, and a second SIGINT, end the VM.
     ///
     /// # Errors
     /// The system refuses a thread.
@@ -92,20 +88,11 @@ impl Signals {
                     _ => {}
                 }
                 ending.end(ExitReason::Stopped(Stop::Signal(signal)));
-                thread::sleep(GRACE);
-                leave(ExitReason::Stopped(Stop::Signal(signal)).status(true));
+                return;
             }
         };
         thread::Builder::new().name("signals".into()).spawn(handle).map(drop)
     }
-}
-
-/// Leaves the program with the terminal as it was found and without a socket, whatever its threads are stuck in.
-pub(super) fn leave(status: u8) -> ! {
-    restore_terminal();
-    remove_sockets();
-    // SAFETY: _exit takes any status, and runs nothing of ours.
-    unsafe { libc::_exit(status.into()) }
 }
 
 /// What a SIGINT means.
