@@ -3,6 +3,7 @@
 use std::fmt;
 use std::io;
 use std::os::unix::thread::JoinHandleExt;
+use std::panic::{self, AssertUnwindSafe};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -78,7 +79,9 @@ impl Vcpu {
         let given = Arc::clone(&orders);
         let thread = std::thread::Builder::new().name(format!("vcpu-{id}")).spawn(move || {
             seccomp::enter(Kind::Vcpu);
-            if let Err(fatal) = run(&mut fd, &buses, &memory, &given) {
+            let run = AssertUnwindSafe(|| run(&mut fd, &buses, &memory, &given));
+            let panicked = |_| Err(Fatal::Kvm("The thread of a vCPU panicked".into()));
+            if let Err(fatal) = panic::catch_unwind(run).unwrap_or_else(panicked) {
                 on_fatal(fatal);
             }
         })?;
@@ -158,7 +161,7 @@ fn run(vcpu: &mut VcpuFd, buses: &Buses, memory: &Memory, orders: &Orders) -> Re
                     // it cannot be told, which is what the call's error says.
                     let _ = vcpu.kvmclock_ctrl();
                 }
-                if look && inspect(vcpu, memory, None).found == Found::Repaired {
+                if look && !fault::is_nested(vcpu) && inspect(vcpu, memory, None).found == Found::Repaired {
                     // What it finds besides is the guest's normal work.
                     tracing::debug!("repaired memory that a vCPU waited for");
                 }
@@ -172,7 +175,16 @@ fn run(vcpu: &mut VcpuFd, buses: &Buses, memory: &Memory, orders: &Orders) -> Re
 
 /// After KVM has given up an access: has the memory repaired. Where that cannot be, the guest gets a general protection
 /// fault, so that who accesses what the host does not have harms itself alone.
-fn go_on(vcpu: &VcpuFd, memory: &Memory, address: Option<u64>, retries: &mut Retries) -> Result<(), Fatal> {
+fn go_on(
+    vcpu: &mut VcpuFd,
+    memory: &Memory,
+    address: Option<u64>,
+    retries: &mut Retries,
+) -> Result<(), Fatal> {
+    if fault::is_nested(vcpu) {
+        let why = "A guest of the guest accesses memory that the host cannot provide";
+        return Err(Fatal::Kvm(why.into()));
+    }
     let inspection = inspect(vcpu, memory, address);
     if retries.allow(&inspection) {
         return Ok(());

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::panic::{self, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
@@ -118,7 +119,7 @@ pub struct DeviceThread {
 }
 
 impl DeviceThread {
-    /// Starts a thread of this kind and name. When `body` fails, `needs_reset` is called. To end the thread is to set the
+    /// Starts a thread of this kind and name. When `body` fails or panics, `needs_reset` is called. To end the thread is to set the
     /// [`Stop`] and to wait.
     ///
     /// # Errors
@@ -132,7 +133,9 @@ impl DeviceThread {
         let stop = Arc::new(Stop::new()?);
         let (stopping, thread_name) = (Arc::clone(&stop), name.to_owned());
         let thread = start(kind, name, move || {
-            if let Err(error) = body(&stopping) {
+            let body = AssertUnwindSafe(|| body(&stopping));
+            let panicked = |_| Err(ChainError("the thread panicked".into()));
+            if let Err(error) = panic::catch_unwind(body).unwrap_or_else(panicked) {
                 tracing::error!(thread = %thread_name, %error, "Queue stopped, the device needs a reset");
                 needs_reset();
             }

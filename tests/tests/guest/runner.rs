@@ -4,10 +4,12 @@ use std::ffi::OsStr;
 use std::fs;
 use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::thread;
 use std::time::Duration;
 
 use libtest_mimic::Trial;
+use tempfile::TempDir;
 use tests::guest::data::Content;
 use tests::vm::{CommandEnded, CommandRun, Kernel, scratch};
 
@@ -36,6 +38,7 @@ pub fn trials(places: &Result<Places, String>, kernel: &'static str, trials: &mu
             ("environment-and-directory", environment),
             ("another-root", other_root),
             ("orphans-do-not-matter", orphans),
+            ("a-store-takes-set-id-bits-that-came-late", set_id),
         ]);
         checks.extend(runner_ends::checks());
         checks.extend(seen::checks());
@@ -300,5 +303,24 @@ fn orphans(kernel: &Kernel) -> Outcome {
     let ended = CommandRun::shell(kernel, script).run()?;
     ensure_end(&ended, 0, "exited")?;
     ensure_eq!(ended.stdout, b"0\n", "zombies");
+    Ok(())
+}
+
+/// A file that becomes set-id when it is mapped for writing already: what is written then comes by no request.
+fn set_id(kernel: &Kernel) -> Outcome {
+    let directory = TempDir::new_in(scratch())?;
+    let file = directory.path().join("file");
+    fs::write(&file, "content")?;
+    let script = "\
+        set -e; mount -t virtiofs -o dax=always shared /mnt; perl -e '\
+        open(F, \"+<\", \"/mnt/file\") or die; syswrite(F, \"A\") or die; chmod(06777, F) or die; \
+        printf(\"%o \", (stat F)[2] & 07777); $( = $) = 12; $< = $> = 11; \
+        sysseek(F, 0, 0); syswrite(F, \"B\") or die; printf(\"%o\", (stat F)[2] & 07777)'";
+    let share = format!("tag=shared,window=32M,dax=always,path={}", directory.path().display());
+    let ended = CommandRun::shell(kernel, script).option("--share").option(share).run()?;
+    ensure_end(&ended, 0, "exited")?;
+    ensure_eq!(String::from_utf8_lossy(&ended.stdout), "6777 777", "its modes in the guest");
+    ensure_eq!(file.metadata()?.mode() & 0o7777, 0o777, "its mode on the host");
+    ensure_eq!(fs::read_to_string(&file)?, "Bontent");
     Ok(())
 }

@@ -19,9 +19,9 @@ pub(super) fn run(plan: Plan, signals: Signals, begin: Instant) -> Result<u8, Ru
     let report_file = confine(&mut vm, &plan, begin)?;
     let observers = observers.start(&plan, &vm)?;
     let system = |what| move |error| RunError::System(what, error);
+    end_on_panic(vm.ending());
     last_resort::after_end(vm.ending(), |reason| reason.status(false)).map_err(system("start a thread"))?;
     signals.handle(vm.ending(), None).map_err(system("start a thread"))?;
-    end_on_panic(vm.ending());
     let input = io::stdin().as_fd().try_clone_to_owned().map_err(system("use standard input"))?;
     let terminal = make_terminal_raw().map_err(system("set up the terminal"))?;
     let input = if terminal { ConsoleInput::Terminal(input) } else { ConsoleInput::From(input) };

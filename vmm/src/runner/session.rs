@@ -23,6 +23,9 @@ use crate::vm::{ConsoleInput, Ending, Port, PortsHandle, Vm, Wiring};
 
 /// The longest message that a guest may send, in bytes.
 const MAX_MESSAGE: u64 = 64 << 10;
+/// Bytes typed at the terminal that wait for a guest which does not read them (fs.pipe-max-size has no less as a rule).
+const TYPED: usize = 1 << 20;
+
 /// How long a message may take to reach the guest's buffers. A guest that does not listen does not hold up the runner.
 const TELL_TIMEOUT: Duration = Duration::from_millis(100);
 /// How often is looked, while output is slow, whether the VM is to end meanwhile.
@@ -81,6 +84,10 @@ pub(super) fn run(plan: Plan, task: Task, signals: Signals, begin: Instant) -> R
     let initramfs = image::initramfs(&task, &plan.modules)?;
     let is_terminal = task.command.stdio[0] == Stdio::Terminal;
     let typed = if is_terminal { Some(io::pipe().map_err(system("create a pipe"))?) } else { None };
+    if let Some((_, writer)) = &typed {
+        // Large enough for what people paste; where the user has too many pipes, it stays as it is.
+        let _ = rustix::pipe::fcntl_setpipe_size(writer, TYPED);
+    }
     let (typed, typing) = typed.map(|(reader, writer)| (OwnedFd::from(reader), writer)).unzip();
     let (ours, theirs) = UnixStream::pair().map_err(system("create a socket"))?;
     ours.set_write_timeout(Some(TELL_TIMEOUT)).map_err(system("set up a socket"))?;

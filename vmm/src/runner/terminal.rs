@@ -17,8 +17,8 @@ use crate::vm::Ending;
 const INTERRUPT: u8 = 3;
 
 /// Starts thread `terminal`, which passes on from `typed` to `guest` until the VM has closed the other end of it. Ctrl-A x
-/// ends the VM; so does Ctrl-C as long as there is no command that could take it. What is typed when the pipe is full (64 KiB)
-/// is lost: to wait for room would be to leave those keys unread.
+/// ends the VM; so does Ctrl-C as long as there is no command that could take it. What is typed when the pipe is full is lost: to
+/// wait for room would be to leave those keys unread.
 ///
 /// # Errors
 /// The system refuses a thread, or a pipe that does not block.

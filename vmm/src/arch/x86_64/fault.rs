@@ -5,7 +5,7 @@ use iced_x86::{
     Decoder, DecoderOptions, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register,
     UsedMemory,
 };
-use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
+use kvm_bindings::{KVM_RUN_X86_GUEST_MODE, kvm_regs, kvm_segment, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -38,6 +38,12 @@ pub struct Access {
     pub address: u64,
     /// Whether it is written to, as the page tables allow.
     pub write: bool,
+}
+
+/// Whether a vCPU has stopped in a guest of its guest, whose registers and page tables say nothing of the guest's own memory
+/// (api.rst, KVM_CAP_X86_GUEST_MODE; Linux before 6.12 does not tell).
+pub fn is_nested(vcpu: &mut VcpuFd) -> bool {
+    u32::from(vcpu.get_kvm_run().flags) & KVM_RUN_X86_GUEST_MODE != 0
 }
 
 /// Looks at the instruction that a vCPU is about to execute. `on_access` is called with each access as it is found: with
