@@ -313,7 +313,7 @@ fn set_id(kernel: &Kernel) -> Outcome {
     fs::write(&file, "content")?;
     let script = "\
         set -e; mount -t virtiofs -o dax=always shared /mnt; perl -e '\
-        open(F, \"+<\", \"/mnt/file\") or die; syswrite(F, \"A\") or die; chmod(06777, F) or die; \
+        open(F, \"+<\", \"/mnt/file\") or die; syswrite(F, \"A\") or die; chmod(06777, *F) or die; \
         printf(\"%o \", (stat F)[2] & 07777); $( = $) = 12; $< = $> = 11; \
         sysseek(F, 0, 0); syswrite(F, \"B\") or die; printf(\"%o\", (stat F)[2] & 07777)'";
     let share = format!("tag=shared,window=32M,dax=always,path={}", directory.path().display());
