@@ -84,13 +84,20 @@ fn main() -> ExitCode {
     // Checks of one boot share a guest, and emulated processors are few.
     arguments.test_threads = Some(1);
     let places = Places::find();
-    let has_failed = places.is_err() && std::env::var_os("LAB_TMPFS").is_some();
+    let mut has_failed = places.is_err() && std::env::var_os("LAB_TMPFS").is_some();
     if let Err(why) = &places {
         eprintln!("\nSKIPPING EVERY GUEST TEST: {why}\n");
     }
     let conclusion = libtest_mimic::run(&arguments, trials(&places));
     harness::end_current();
     harness::print_slowest();
+    if places.is_ok() && !arguments.list && conclusion.num_passed + conclusion.num_failed == 0 {
+        let (other, ignored) = (conclusion.num_filtered_out, conclusion.num_ignored);
+        eprintln!(
+            "no test ran: {other} have other names, {ignored} are ignored, as the long ones are without --ignored"
+        );
+        has_failed = true;
+    }
     if let Ok(places) = places
         && let Err(error) = places.remove()
     {
