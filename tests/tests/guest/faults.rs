@@ -139,29 +139,42 @@ fn synced(console: &str) -> BTreeMap<String, u64> {
     synced
 }
 
-/// Waits until so many records are durable, over all journals.
-fn wait_for_records(vm: &Vm, wanted: u64) -> Result<u64, Box<dyn Error>> {
+/// The paths of all journals in a directory of both shares, as the guest says them.
+fn journal_paths(name: &str) -> impl Iterator<Item = (&'static str, Way, String)> {
+    let paths = move |tag| Way::ALL.map(|way| (tag, way, format!("/mnt/{tag}/{name}/{}", way.file_name())));
+    TAGS.into_iter().flat_map(paths)
+}
+
+/// Waits until so many records are durable, over all journals, and so many in each.
+fn wait_for_records(vm: &Vm, name: &str, wanted: u64, of_each: u64) -> Outcome {
     let scale: f64 = std::env::var("DEADLINE_SCALE").ok().and_then(|text| text.parse().ok()).unwrap_or(1.0);
     let end = Instant::now() + PATIENCE.mul_f64(scale);
     loop {
-        let found = synced(&vm.console()).values().sum();
-        if found >= wanted {
-            return Ok(found);
+        let synced = synced(&vm.console());
+        let found = synced.values().sum::<u64>();
+        let least = journal_paths(name)
+            .map(|(_, _, path)| synced.get(&path).copied().unwrap_or(0))
+            .min()
+            .unwrap_or(0);
+        if found >= wanted && least >= of_each {
+            return Ok(());
         }
-        ensure!(Instant::now() < end, "{found} of {wanted} records are durable\n{}", vm.console());
+        ensure!(
+            Instant::now() < end,
+            "{found} of {wanted} records are durable: {synced:?}\n{}",
+            vm.console()
+        );
         thread::sleep(Duration::from_millis(20));
     }
 }
 
-/// Compares all journals below `dir` with what the guest has said of them; returns how many records are there in all.
+/// Compares all journals below `dir` with what the guest has said of them; returns how many records are there in all. A
+/// journal of which it has said nothing is not looked at, as its file may not be there.
 fn ensure_durable(dir: &Path, name: &str, synced: &BTreeMap<String, u64>) -> Result<u64, Box<dyn Error>> {
     let mut all = 0;
-    for tag in TAGS {
-        for way in Way::ALL {
-            let path = format!("/mnt/{tag}/{name}/{}", way.file_name());
-            if let Some(&synced) = synced.get(&path) {
-                all += way.check(&dir.join(tag).join(name), synced)?;
-            }
+    for (tag, way, path) in journal_paths(name) {
+        if let Some(&synced) = synced.get(&path) {
+            all += way.check(&dir.join(tag).join(name), synced)?;
         }
     }
     Ok(all)
@@ -174,35 +187,32 @@ fn killed(kernel: &Kernel, places: &Places, times: u64) -> Outcome {
     println!("{times} kills, KILL_SEED={seed}");
     let sites = [Site::new(places.dir(PLACES[0]))?, Site::new(places.dir(PLACES[1]))?];
     let outputs = TempDir::new_in(scratch())?;
-    let mut before = None;
+    // What the host sets up once is no residue, so a machine has run before it is looked at.
+    with_outputs(sites[0].builder(kernel), outputs.path()).boot()?.kill()?;
+    let before = (traces()?, Host::now()?);
     let mut records = (0, 0);
     for turn in 0..times {
         let site = &sites[(turn % 2) as usize];
-        let moment = Moment::of(seed, turn);
+        let mut moment = Moment::of(seed, turn);
+        // Early kills may come before a journal's first record; on each site one comes after it, in each journal.
+        moment.of_each = u64::from(turn + sites.len() as u64 >= times);
         let (durable, found) = kill(kernel, site, outputs.path(), turn, moment)
             .map_err(|error| format!("kill {turn} of {times} with KILL_SEED={seed}, {moment:?}: {error}"))?;
         records = (records.0 + durable, records.1 + found);
         sites.iter().try_for_each(Site::ensure_unchanged)?;
-        // What the host sets up once is no residue.
-        match &before {
-            None => before = Some((traces()?, Host::now()?)),
-            Some((before, _)) => {
-                ensure_eq!(traces()?, *before, "processes and temporary files after kill {turn}")
-            }
-        }
+        ensure_eq!(traces()?, before.0, "processes and temporary files after kill {turn}");
     }
     let (durable, found) = records;
     println!("{durable} records were durable, {found} were there");
-    if let Some((_, host)) = before {
-        host.ensure_unchanged()?;
-    }
+    before.1.ensure_unchanged()?;
     sites.iter().try_for_each(|site| lives_after(kernel, site, outputs.path()))
 }
 
-/// When daxvm is killed: so many records are durable, and some time has gone since.
+/// When daxvm is killed: so many records are durable, and so many in each journal, and some time has gone since.
 #[derive(Clone, Copy, Debug)]
 struct Moment {
     records: u64,
+    of_each: u64,
     later: Duration,
 }
 
@@ -211,7 +221,7 @@ impl Moment {
         // Mostly early, as each record is an fsync; every eighth time there is time for slots to be written again.
         let most = if word(seed, 3 * turn + 2).is_multiple_of(8) { 8 * SLOTS } else { SLOTS };
         let records = word(seed, 3 * turn) % most;
-        Moment { records, later: Duration::from_micros(word(seed, 3 * turn + 1) % 50_000) }
+        Moment { records, of_each: 0, later: Duration::from_micros(word(seed, 3 * turn + 1) % 50_000) }
     }
 }
 
@@ -228,7 +238,7 @@ fn kill(
     let dir = site.dir.path();
     let op = journals(&mut vm, dir, &name, u64::MAX)?;
     vm.begin(&op)?;
-    wait_for_records(&vm, moment.records)?;
+    wait_for_records(&vm, &name, moment.records, moment.of_each)?;
     thread::sleep(moment.later);
     let ended = vm.kill()?;
     ensure_eq!(ended.status, None, "daxvm ended by itself\n{}", ended.console);
@@ -311,7 +321,7 @@ fn power_cuts(kernel: &Kernel, places: &Places, times: u64) -> Outcome {
         let op = journals(&mut vm, &disk.dir, &name, u64::MAX)?;
         vm.begin(&op)?;
         let wanted = 40 + 60 * turn;
-        wait_for_records(&vm, wanted)?;
+        wait_for_records(&vm, &name, wanted, 1)?;
         // What is said later may have been said of what the disk has refused.
         let synced = synced(&vm.console());
         switch_to("0 65536 error")?;
