@@ -146,7 +146,7 @@ fn session_begins(rogue: &mut Rogue) -> Result<(), Failure> {
     // A request finds its file, or that its session has ended.
     for _ in 0..QUEUE_SIZE - 1 {
         let answer = rogue.device.answer(PATIENCE)?;
-        rogue.expect("READ", Expected::Anything, answer);
+        rogue.expect("READ", Expected::Served, answer);
     }
     Ok(())
 }

@@ -33,14 +33,15 @@ fn lengths(rogue: &mut Rogue) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Every operation with too little behind its header. What it can do with that much need only be harmless.
+/// Every operation with too little behind its header. What it can do with that much need only be harmless; that it is a bad
+/// message is no reason to answer none.
 fn cut_short(rogue: &mut Rogue) -> Result<(), Failure> {
     let (file, directory) = rogue.nodes()?;
     for code in (0..60).filter(|code| *code != Opcode::Destroy as u32) {
         for len in [0, 1, 7, 39] {
             for node in [file, directory] {
                 let answer = rogue.device.call(code, node, &[&vec![0xff; len]])?;
-                rogue.expect(format!("operation {code}"), Expected::Anything, answer);
+                rogue.expect(format!("operation {code}"), Expected::Served, answer);
             }
         }
     }
@@ -132,10 +133,10 @@ fn sizes(rogue: &mut Rogue) -> Result<(), Failure> {
         (Opcode::Read, file, Expected::Errno(libc::EINVAL), vec![argument(fh, 0)]),
         (Opcode::Read, file, Expected::Errno(libc::EINVAL), vec![argument(fh, u64::MAX)]),
         (Opcode::Write, file, Expected::Errno(libc::EINVAL), vec![argument(fh, 0), b"evil".to_vec()]),
-        (Opcode::Readdir, directory, Expected::Anything, vec![argument(dir_fh, 0)]),
-        (Opcode::Readdirplus, directory, Expected::Anything, vec![argument(dir_fh, 0)]),
-        (Opcode::Getxattr, file, Expected::Anything, vec![vec![0xff; 8], nul("user.none")]),
-        (Opcode::Listxattr, file, Expected::Anything, vec![vec![0xff; 8]]),
+        (Opcode::Readdir, directory, Expected::Served, vec![argument(dir_fh, 0)]),
+        (Opcode::Readdirplus, directory, Expected::Served, vec![argument(dir_fh, 0)]),
+        (Opcode::Getxattr, file, Expected::Served, vec![vec![0xff; 8], nul("user.none")]),
+        (Opcode::Listxattr, file, Expected::Served, vec![vec![0xff; 8]]),
         (Opcode::BatchForget, 0, Expected::Unused, vec![vec![0xff; 8], vec![0xff; 64]]),
     ] {
         rogue.try_call(format!("{opcode:?}"), expected, opcode as u32, node, &parts)?;
