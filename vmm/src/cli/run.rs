@@ -38,7 +38,8 @@ pub struct RunArgs {
     /// The initramfs, for a guest without a command
     #[arg(long, value_name = "FILE", help_heading = "Machine")]
     initrd: Option<PathBuf>,
-    /// Kernel parameters, appended to `console=ttyS0 panic=-1 reboot=a`
+    /// Kernel parameters, appended to `console=ttyS0 panic=-1 reboot=a` and, for a command, `quiet
+    /// earlyprintk=ttyS0,115200`
     #[arg(long, value_name = "PARAMETERS", help_heading = "Machine")]
     cmdline: Option<String>,
     /// vCPUs, 1 to 32; by default those of the host, no more than 8, for a command, and 1 otherwise
@@ -73,9 +74,10 @@ pub struct RunArgs {
     /// A directory or a file of the host that the command may change, found where it is on the host; may be repeated
     #[arg(long, value_name = "PATH", help_heading = "Directories")]
     rw: Vec<PathBuf>,
-    /// Share a directory: tag=TAG,path=DIR and, if wanted, ro, window=SIZE, dax=POLICY (never, always, inode, size,
-    /// size:BYTES, auto, or a rule file), prefault=PAGES (those of DAX files that the guest finds at hand: never, cached,
-    /// all), cache=MODE (never, auto, metadata, always); may be repeated. A comma in a path is written twice
+    /// Share a directory: tag=TAG,path=DIR and, if wanted, ro, window=SIZE (0 for none, or 32M to 256G in steps of 2M; by
+    /// default what costs the guest 2 % of its RAM), dax=POLICY (never, always, inode, size, size:BYTES, auto, or a rule
+    /// file), prefault=PAGES (those of DAX files that the guest finds at hand: never, cached, all), cache=MODE (never or none,
+    /// auto, metadata, always); may be repeated. A comma in a path is written twice
     #[arg(long = "share", value_name = "KEY=VALUE,...", value_parser = parse_share, help_heading = "Directories")]
     shares: Vec<ShareConfig>,
     /// Allow DAX windows that take more than an eighth of the guest's RAM for page descriptors
@@ -97,7 +99,8 @@ pub struct RunArgs {
     /// End the guest when it shows no sign of life for this time before its init runs; 10s by default
     #[arg(long, value_name = "TIME", value_parser = parse_limit, help_heading = "Command")]
     boot_timeout: Option<Duration>,
-    /// Where the guest's console goes; with a command its last lines are shown when the guest fails
+    /// Where the guest's console goes; by default to standard output, and with a command nowhere, but its last lines are shown
+    /// when the guest fails
     #[arg(long, value_name = "FILE|stderr", help_heading = "Output")]
     console: Option<PathBuf>,
     /// Write how the guest ended, timing and counters as JSON

@@ -29,7 +29,10 @@ const RUN: &[Section] = &[
             ),
             ("0", "Without a command: the guest powered off, or Ctrl-A x."),
             ("32", "The guest asked for a reset."),
-            ("33", "The guest crashed: its CPU could not go on."),
+            (
+                "33",
+                "The guest crashed: its CPU could not go on. Also a panic or a forbidden system call of daxvm.",
+            ),
             ("34", "The guest's kernel panicked."),
             (
                 "",
