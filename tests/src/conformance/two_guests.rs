@@ -85,6 +85,11 @@ const CASES: [Case; 14] = [
     at_once("nothing-is-lost", look_at_all),
 ];
 
+/// How many cases each party goes through, with or without [`SHARED_MAPPING`].
+pub const fn case_count(mapping: bool) -> usize {
+    CASES.len() + mapping as usize
+}
+
 /// The case that only files in DAX, or on one host, can pass.
 pub const SHARED_MAPPING: &str = "a-mapping-is-shared";
 
