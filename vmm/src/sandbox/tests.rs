@@ -4,8 +4,11 @@ use std::collections::HashMap;
 use std::env;
 use std::fs::{self, File};
 use std::io::ErrorKind;
+use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -14,7 +17,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use devices::virtio::thread::{DeviceThread, ThreadKind};
-use rustix::fs::{AtFlags, FileType, Mode, OFlags};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, StatVfsMountFlags};
 use rustix::io::Errno;
 use rustix::thread::{CapabilitySet, capabilities};
 use tempfile::TempDir;
@@ -116,6 +119,15 @@ fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
+/// Whether this is the process of the tests, which says what is skipped.
+fn is_outside() -> bool {
+    env::var_os(DIRECTORY).is_none()
+}
+
+fn can_mount() -> bool {
+    capabilities(None).unwrap().permitted.contains(CapabilitySet::SYS_ADMIN)
+}
+
 fn open_at(directory: &OwnedFd, name: &str, flags: OFlags) -> Result<OwnedFd, Errno> {
     rustix::fs::openat(directory, name, flags | OFlags::CLOEXEC, Mode::from_raw_mode(0o644))
 }
@@ -202,6 +214,9 @@ fn root_keeps_the_shares_and_what_they_need() {
         skipped!("not root");
         return;
     }
+    if is_outside() && !can_mount() {
+        skipped!("no CAP_SYS_ADMIN here, for which layers are missing");
+    }
     let name = "root_keeps_the_shares_and_what_they_need";
     succeeded(in_own_process(name, None, |place| {
         // Whatever this machine's root lacks, it still lacks.
@@ -234,9 +249,74 @@ fn root_keeps_the_shares_and_what_they_need() {
     }));
 }
 
+/// Where Landlock is, it refuses to change a read-only share before the mount does.
+#[test]
+fn trees_of_shares_have_the_flags_that_make_them_harmless() {
+    if !can_mount() {
+        skipped!("no CAP_SYS_ADMIN here, so that shares are no trees of their own");
+        return;
+    }
+    let directory = Place::make();
+    let harmless = StatVfsMountFlags::NOSUID | StatVfsMountFlags::NODEV | StatVfsMountFlags::NOEXEC;
+    for (read_only, flags) in [(false, harmless), (true, harmless | StatVfsMountFlags::RDONLY)] {
+        let tree = own_tree(&directory.path().join("rw"), read_only).unwrap();
+        let found = rustix::fs::fstatvfs(&tree).unwrap().f_flag;
+        assert_eq!(found & (harmless | StatVfsMountFlags::RDONLY), flags, "{found:?}");
+        let made = open_at(&tree, "made", OFlags::CREATE | OFlags::WRONLY);
+        assert_eq!(made.err(), read_only.then_some(Errno::ROFS));
+    }
+}
+
+/// The version of the kernel's Landlock; 0 if there is none.
+fn landlock_version() -> u32 {
+    let layer = landlock::plan(&[], &Outputs::default());
+    let version = layer.detail.strip_prefix("version ").and_then(|detail| detail.split_once(':'));
+    version.filter(|_| layer.applied).map_or(0, |(version, _)| version.parse().unwrap())
+}
+
+/// seccomp refuses the system calls, too; what if it did not?
+#[test]
+fn landlock_alone_forbids_the_network_and_what_concerns_other_processes() {
+    const NETWORK: u32 = 4;
+    const SIGNALS: u32 = 6;
+    let version = landlock_version();
+    if is_outside() && version < SIGNALS {
+        skipped!(
+            "in part: Landlock has version {version} here; {NETWORK} knows the network, {SIGNALS} signals and sockets"
+        );
+    }
+    let name = "landlock_alone_forbids_the_network_and_what_concerns_other_processes";
+    succeeded(in_own_process(name, None, |place| {
+        let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
+        let tcp = (tcp.local_addr().unwrap(), tcp);
+        // Of what was made before, others could be the makers as well.
+        let address = SocketAddr::from_abstract_name(format!("daxvm-{}", std::process::id())).unwrap();
+        let _unix = UnixListener::bind_addr(&address).unwrap();
+        let parent = rustix::process::getppid().unwrap();
+        let outcomes = || {
+            let errno = |error: std::io::Error| Errno::from_io_error(&error).unwrap();
+            (
+                TcpStream::connect(tcp.0).map(drop).map_err(errno),
+                TcpListener::bind("127.0.0.1:0").map(drop).map_err(errno),
+                UnixStream::connect_addr(&address).map(drop).map_err(errno),
+                rustix::process::test_kill_process(parent),
+            )
+        };
+        assert_eq!(outcomes(), (Ok(()), Ok(()), Ok(()), Ok(())));
+        let path = place.path("rw");
+        let root = File::open(&path).unwrap().into();
+        let share = Share { path, read_only: false, not_own: None };
+        capabilities::forbid_new_privileges().unwrap();
+        landlock::apply(&[share], &[root], &Outputs::default()).unwrap();
+        let refused = |since: u32, errno| if version >= since { Err(errno) } else { Ok(()) };
+        let (network, others) = (refused(NETWORK, Errno::ACCESS), refused(SIGNALS, Errno::PERM));
+        assert_eq!(outcomes(), (network, network, others, others));
+    }));
+}
+
 #[test]
 fn an_ordinary_user_keeps_the_shares_alone() {
-    if !is_root() && env::var_os(DIRECTORY).is_none() {
+    if !is_root() && is_outside() {
         skipped!("only root can become another user");
         return;
     }
@@ -279,7 +359,7 @@ fn a_forbidden_call_is_named_with_its_thread() {
             place.confine();
             let thread = thread::Builder::new().name("fs0-root".into()).spawn(|| {
                 seccomp::enter(Kind::FileSystem);
-                let _ = std::net::TcpStream::connect("127.0.0.1:1");
+                let _ = TcpStream::connect("127.0.0.1:1");
             });
             let _ = thread.unwrap().join();
         }),
@@ -299,7 +379,7 @@ fn a_forbidden_call_with_signals_blocked_ends_the_process_without_a_word() {
             libc::sigfillset(&mut all);
             libc::pthread_sigmask(libc::SIG_SETMASK, &all, std::ptr::null_mut());
         }
-        let _ = std::net::TcpStream::connect("127.0.0.1:1");
+        let _ = TcpStream::connect("127.0.0.1:1");
         eprintln!("the forbidden call came back");
     });
     let Some(output) = output else { return };
