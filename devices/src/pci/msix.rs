@@ -289,14 +289,37 @@ mod tests {
     }
 
     #[test]
-    fn odd_accesses_are_harmless() {
-        let msix = Msix::new(1, Arc::new(Wire::default()));
-        for offset in [0, 1, 3, 13, 15, 16, 4096, u64::MAX / 2] {
-            for len in [1, 2, 4, 8] {
-                msix.write_table(offset, &vec![0xff; len]);
-                msix.read_table(offset, &mut vec![0; len]);
-                msix.read_pending(offset, &mut vec![0; len]);
+    fn odd_accesses_change_nothing() {
+        let wire = Arc::new(Wire::default());
+        let msix = Msix::new(1, wire.clone());
+        msix.write_control(CONTROL_ENABLE);
+        msix.trigger(0).unwrap();
+        let state = || {
+            let (mut table, mut pending) = ([0; ENTRY_SIZE], [0; 8]);
+            msix.read_table(0, &mut table);
+            msix.read_pending(0, &mut pending);
+            (table, pending)
+        };
+        let before = state();
+        assert_eq!((before.0[12], before.1[0]), (1, 1), "masked and pending");
+        for offset in (0..40).chain([4096, u64::MAX / 2, u64::MAX - 7]) {
+            for len in [1, 2, 3, 4, 8, 16] {
+                let is_proper =
+                    matches!(len, 4 | 8) && offset % len as u64 == 0 && offset < ENTRY_SIZE as u64;
+                if !is_proper {
+                    msix.write_table(offset, &vec![0xff; len]);
+                    assert_eq!(state(), before, "after {len} bytes at {offset:#x}");
+                }
+                // Across the end of an entry, and beyond the last one.
+                let mut found = vec![0xff; len];
+                msix.read_table(offset, &mut found);
+                let entry = before.0.get(offset as usize..).and_then(|rest| rest.get(..len));
+                assert_eq!(found, entry.unwrap_or(&vec![0; len]), "{len} bytes at {offset:#x}");
+                let mut found = vec![0xff; len];
+                msix.read_pending(offset, &mut found);
+                assert!((1..len).all(|at| found[at] == 0) && found[0] == u8::from(offset == 0));
             }
         }
+        assert!(wire.routes.lock().unwrap().is_empty() && wire.delivered.lock().unwrap().is_empty());
     }
 }
