@@ -8,6 +8,7 @@
 use std::ffi::CString;
 use std::fs::{self, File};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -77,6 +78,7 @@ fn set_up() -> Result<(), InitError> {
     scratch()?;
     reached("scratch file systems mounted");
     tune()?;
+    at("Could not bring the loopback interface up", loopback())?;
     check_kvm()?;
     reached("KVM works, with nested paging");
     Ok(())
@@ -183,6 +185,21 @@ fn tune() -> Result<(), InitError> {
         "Could not raise the descriptor limit",
         rustix::process::setrlimit(rustix::process::Resource::Nofile, limit),
     )
+}
+
+/// Brings up the only network interface.
+fn loopback() -> io::Result<()> {
+    // Any socket will do to speak of interfaces (netdevice(7)).
+    let socket = std::net::UdpSocket::bind("0.0.0.0:0")?;
+    // SAFETY: all zeros are a request, with an empty name.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    request.ifr_name[..2].copy_from_slice(&b"lo".map(|byte| byte as libc::c_char));
+    request.ifr_ifru.ifru_flags = libc::IFF_UP as libc::c_short;
+    // SAFETY: the call reads a request, which outlives it.
+    match unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &request) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// A KVM without nested paging would run, with shadow page tables that no real host uses.
