@@ -70,7 +70,7 @@ pub struct Stop {
 }
 
 impl Stop {
-    fn new() -> io::Result<Stop> {
+    pub(super) fn new() -> io::Result<Stop> {
         Ok(Stop { flag: AtomicBool::new(false), event: EventFd::new(EFD_NONBLOCK)? })
     }
 

@@ -100,7 +100,11 @@ impl Control {
     }
 
     /// Hears what the driver has said so far.
-    fn listen(&mut self, queue: &mut ActiveQueue, memory: &GuestMemoryMmap) -> Result<(), ChainError> {
+    pub(super) fn listen(
+        &mut self,
+        queue: &mut ActiveQueue,
+        memory: &GuestMemoryMmap,
+    ) -> Result<(), ChainError> {
         // No more than the ring holds, so that a driver that talks without a pause cannot keep the thread here.
         for _ in 0..queue.available(memory)? {
             let Some(chain) = queue.next_chain(memory)? else { break };
@@ -116,7 +120,7 @@ impl Control {
         Ok(())
     }
 
-    fn hear(&mut self, message: Message) {
+    pub(super) fn hear(&mut self, message: Message) {
         let (event, value) = (message.event.to_native(), message.value.to_native());
         if event == event::DEVICE_READY && value == 1 {
             self.due.fill(Due { add: true, ..Due::default() });
@@ -149,7 +153,11 @@ impl Control {
     }
 
     /// Says what is due; false if buffers have run out.
-    fn speak(&mut self, queue: &mut ActiveQueue, memory: &GuestMemoryMmap) -> Result<bool, ChainError> {
+    pub(super) fn speak(
+        &mut self,
+        queue: &mut ActiveQueue,
+        memory: &GuestMemoryMmap,
+    ) -> Result<bool, ChainError> {
         let mut spoken = false;
         // No more than the ring holds, so that a driver that posts buffers which are too small, without a pause, cannot keep the
         // thread here.

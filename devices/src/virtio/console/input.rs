@@ -66,7 +66,11 @@ impl Input {
     }
 
     /// Reads once into what buffers there are; false at the end of the input.
-    fn batch(&self, queue: &mut ActiveQueue, memory: &GuestMemoryMmap) -> Result<bool, ChainError> {
+    pub(super) fn batch(
+        &self,
+        queue: &mut ActiveQueue,
+        memory: &GuestMemoryMmap,
+    ) -> Result<bool, ChainError> {
         let mut room = IoVectors::new();
         let mut chains = Vec::new();
         // Not those that come meanwhile: a driver could make chains without room as fast as they are given back.
@@ -125,7 +129,7 @@ impl Input {
 }
 
 /// Whether there are buffers; if not, the driver rings when it adds some.
-fn has_buffers(queue: &mut ActiveQueue, memory: &GuestMemoryMmap) -> Result<bool, ChainError> {
+pub(super) fn has_buffers(queue: &mut ActiveQueue, memory: &GuestMemoryMmap) -> Result<bool, ChainError> {
     if queue.available(memory)? > 0 {
         queue.ignore_driver(memory)?;
         return Ok(true);

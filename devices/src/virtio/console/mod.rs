@@ -9,6 +9,8 @@
 
 mod control;
 mod device;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
 mod input;
 mod output;
 mod port;

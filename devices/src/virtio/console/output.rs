@@ -51,7 +51,7 @@ impl Output {
     }
 
     /// Consumes what is available, up to a batch; false if there was nothing.
-    fn batch(
+    pub(super) fn batch(
         &mut self,
         queue: &mut ActiveQueue,
         memory: &GuestMemoryMmap,

@@ -13,6 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::{choose, guest, take};
 use crate::interrupt::Interrupt;
 use crate::virtio::block::{BlockConfig, BlockDevice};
+use crate::virtio::console::fuzzing::serve as console;
 use crate::virtio::device::ActiveQueue;
 use crate::virtio::fs::abi::opcode;
 use crate::virtio::fs::testing::{PER_FILE, ROOT};
@@ -38,13 +39,14 @@ pub fn rings(data: &[u8]) {
     let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY as usize)]).unwrap();
     let Some(mut queue) = queue(&memory, &mut source) else { return };
     // Refused chains end the queue, as they end its thread.
-    let _ = match take::<u8>(&mut source) % 3 {
+    let _ = match take::<u8>(&mut source) % 4 {
         0 => {
             let mut guest = guest(|_| ());
             guest.init(PER_FILE).unwrap();
             serve(&mut queue, &memory, |chain| guest.device.server.handle(&memory, chain))
         }
         1 => serve(&mut queue, &memory, |chain| Entropy.handle(&memory, chain)),
+        2 => console(take(&mut source), &mut queue, &memory),
         _ => {
             let image = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
             image.as_file().set_len(64 << 10).unwrap();
