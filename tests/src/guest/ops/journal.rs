@@ -2,7 +2,9 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::thread;
+use std::time::Duration;
 
 use rustix::fs::OFlags;
 
@@ -14,17 +16,31 @@ use crate::guest::{Failure, GuestPath, Journal};
 /// What O_DIRECT wants the address of a buffer to be a multiple of, wherever it is used.
 const ALIGNMENT: usize = 4096;
 
+/// How many records a journal may be ahead of the slowest one. Each record is said on the serial console, whose interrupts all
+/// go to one CPU, and on a host that is busy leave a thread there no time.
+const LEAD: u64 = SLOTS;
+
 /// Keeps the journals; `say` is told of each record that is durable. The first failure ends them all.
 pub fn journal(ask: &Journal, say: impl Fn(&GuestPath, u64) + Sync) -> Result<(), Failure> {
     let (has_failed, say) = (&AtomicBool::new(false), &say);
     let ways = ask.dirs.iter().flat_map(|dir| Way::ALL.map(|way| (dir, way)));
-    let journals = ways.map(|(dir, way)| {
+    let written: Vec<_> = ways.clone().map(|_| AtomicU64::new(0)).collect();
+    let written = &written[..];
+    let is_ahead = |number: u64| written.iter().any(|of_other| number > of_other.load(Relaxed) + LEAD);
+    let journals = ways.zip(written).map(|((dir, way), count)| {
         move || {
             let path = dir.join(way.file_name());
             let written = Writer::open(dir, way).and_then(|mut writer| {
-                for number in (1..=ask.records).take_while(|_| !has_failed.load(Relaxed)) {
+                for number in 1..=ask.records {
+                    while is_ahead(number) && !has_failed.load(Relaxed) {
+                        thread::sleep(Duration::from_millis(1));
+                    }
+                    if has_failed.load(Relaxed) {
+                        break;
+                    }
                     writer.write(number, &record(number))?;
                     say(&path, number);
+                    count.store(number, Relaxed);
                 }
                 Ok(())
             });
